@@ -1,0 +1,87 @@
+"""What this machine has and which backend serves each operator: the first thing to paste into a bug report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+
+import torch
+
+import fewstep_kernels
+
+# distribution name -> (what it is for, how to install it)
+OPTIONAL = {
+    "onnx": ("ONNX export", "pip install 'fewstep[export]'"),
+    "onnxscript": ("ONNX export", "pip install 'fewstep[export]'"),
+    "onnxruntime": ("running exported students", "pip install 'fewstep[export]'"),
+    "tensorrt": ("TensorRT engines", "see NVIDIA's TensorRT installation guide"),
+    "tensorrt-rtx-cu13-bindings": ("TensorRT-RTX engines", "pip install 'fewstep[export]'"),
+    "fastapi": ("the server", "pip install 'fewstep[serve]'"),
+    "deepspeed": ("ZeRO sharding", "pip install 'fewstep[deepspeed]'"),
+    "nvidia-dali-cuda130": ("DALI data pipelines", "pip install 'fewstep[dali]'"),
+    "triton": ("GPU kernels", "pip install 'fewstep[triton]'"),
+    "tensorboard": ("training logs", "pip install 'fewstep[log]'"),
+    "diffusers": ("SDXL-class teachers", "pip install diffusers"),
+    "xformers": ("attention", "pip install xformers"),
+}
+
+
+def version_of(distribution: str) -> str | None:
+    """Installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine() -> dict[str, object]:
+    """Processor, cores, memory in GiB, accelerator: what a measurement must be published with."""
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory, 1),
+        "accelerator": accelerator,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of fewstep and of everything installed that shapes a result."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("fewstep", "numpy", *OPTIONAL):
+        version = version_of(name)
+        if version:
+            found[name] = version
+    return found
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.processor() or "unknown"
+
+
+def report() -> str:
+    """The page `fewstep doctor` prints."""
+    lines = ["machine"]
+    lines += [f"  {key:14} {value}" for key, value in machine().items()]
+    lines += [f"  {'threads':14} {torch.get_num_threads()}", "versions"]
+    lines += [f"  {key:28} {value}" for key, value in versions().items()]
+    lines.append("compilers")
+    for tool in ("g++", "nvcc"):
+        lines.append(f"  {tool:14} {shutil.which(tool) or 'not found'}")
+    lines.append("operators (override with FEWSTEP_KERNELS=reference|cpu|triton|cuda)")
+    for row in fewstep_kernels.report():
+        lines.append(f"  {row['operator']:14} {row['backend']:10} {row['why']}")
+    missing = [(name, *OPTIONAL[name]) for name in OPTIONAL if version_of(name) is None]
+    if missing:
+        lines.append("optional packages that are not installed")
+        lines += [f"  {name:28} {purpose}: {how}" for name, purpose, how in missing]
+    return "\n".join(lines)
