@@ -73,6 +73,8 @@ def _sample(arguments: argparse.Namespace) -> None:
     condition = None
     if arguments.label is not None:
         condition = torch.full((count,), arguments.label, dtype=torch.int64)
+    elif student.classes is not None:
+        condition = torch.arange(count) % student.classes
     seeds = torch.arange(arguments.seed, arguments.seed + count)
     images = student.sample(count, cond=condition, steps=arguments.steps, seeds=seeds, guidance=arguments.guidance)
     save_grid(images, arguments.out)

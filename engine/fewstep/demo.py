@@ -77,7 +77,7 @@ def loss_curves(runs: dict[str, Path]) -> dict[str, dict[str, list[list[float]]]
 
 
 def demo(out: Path, seed: int = 0, resume: bool = False) -> Path:
-    """Run every station under `out`; returns the path of report.html. Raises UserError where `out` cannot be written."""
+    """Run every station under `out`; returns the path of report.html. UserError where `out` cannot be written."""
     from fewstep.evaluate.report import write_report
     from fewstep.evaluate.suite import evaluate_artefacts
     from fewstep.export.onnx import export_onnx
