@@ -1,0 +1,8 @@
+"""Small reference networks, and `Network`: the one way a method holds a network."""
+
+from __future__ import annotations
+
+from fewstep.nets.network import Network, same_masks
+from fewstep.nets.registry import build, names
+
+__all__ = ["Network", "build", "names", "same_masks"]
