@@ -9,13 +9,30 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .noise import check_seeds, normal_reference
+from . import backends, layout, native, registration
+from .inner_products import inner_products
+from .noise import check_seeds, draw, normal, normal_reference
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+try:
+    import triton
+    import triton.language as tl
+
+    from .noise import triton_normal
+except ImportError:
+    triton = None
+
+_FLOATS = tuple(native.DTYPES)
+MOST = {"cpu": (64, 64), "cuda": (16, 8), "triton": (32, 16)}  # inputs and outputs a backend takes; beyond, the reference
+
+
+def _wide(inputs: Sequence[Tensor]) -> torch.dtype:
+    """What sums accumulate in."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
 
 
 def reference(
@@ -27,7 +44,7 @@ def reference(
 ) -> list[Tensor]:
     """The defining implementation, in plain torch operations. dtypes: one per output row."""
     first = inputs[0]  # [B, ...]
-    wide = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+    wide = _wide(inputs)
     terms = [x.to(wide) for x in inputs]
     if noise_seeds is not None:
         terms.append(normal_reference(noise_seeds, math.prod(first.shape[1:]), noise_stream, wide).view(first.shape))
@@ -42,6 +59,242 @@ def reference(
             total = total + table[m, k] * term
         outputs.append(total.to(dtype))
     return outputs
+
+
+if triton is not None:
+
+    @triton.jit
+    def lincomb_kernel(
+        inputs,  # K pointers
+        outputs,  # M pointers
+        input_strides,  # K batch strides, in elements
+        output_strides,  # M
+        coefficients,
+        batch_stride,
+        row_stride,
+        column_stride,
+        seeds,
+        stream,
+        count,  # elements in a sample
+        blocks,  # cdiv(count, BLOCK)
+        WIDE: tl.constexpr,
+        NOISE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        K: tl.constexpr = len(inputs)
+        M: tl.constexpr = len(outputs)
+        b = (tl.program_id(0) // blocks).to(tl.int64)
+        start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+        offsets = start + tl.arange(0, BLOCK)
+        inside = offsets < count
+        table = coefficients + b * batch_stride
+        terms = ()
+        for k in tl.static_range(K):
+            terms = terms + (tl.load(inputs[k] + b * input_strides[k] + offsets, mask=inside).to(WIDE),)
+        if NOISE:
+            terms = terms + (triton_normal(tl.load(seeds + b), stream, start // 4, BLOCK).to(WIDE),)
+        for m in tl.static_range(M):
+            row = table + m * row_stride
+            total = tl.load(row).to(WIDE) * terms[0]
+            for k in tl.static_range(1, len(terms)):
+                total = total + tl.load(row + k * column_stride).to(WIDE) * terms[k]
+            target = outputs[m] + b * output_strides[m] + offsets
+            tl.store(target, total.to(target.dtype.element_ty), mask=inside)
+
+
+def _call_triton(inputs, outputs, coefficients, seeds, stream) -> None:
+    batch, count = inputs[0].shape[0], math.prod(inputs[0].shape[1:])
+    block = min(1024, max(16, triton.next_power_of_2(count)))
+    blocks = triton.cdiv(count, block)
+    wide = tl.float64 if _wide(inputs) == torch.float64 else tl.float32
+    table = coefficients.stride()
+    with torch.cuda.device_of(inputs[0]):
+        lincomb_kernel[(batch * blocks,)](
+            tuple(inputs),
+            tuple(outputs),
+            tuple(x.stride(0) for x in inputs),
+            tuple(y.stride(0) for y in outputs),
+            coefficients,
+            table[0] if coefficients.ndim == 3 else 0,
+            table[-2],
+            table[-1],
+            seeds if seeds is not None else coefficients,
+            stream,
+            count,
+            blocks,
+            WIDE=wide,
+            NOISE=seeds is not None,
+            BLOCK=block,
+            num_warps=4,
+            enable_fp_fusion=False,  # products and sums round separately, as in the reference
+        )
+
+
+def _call_c(inputs, outputs, coefficients, seeds, stream) -> None:
+    first = inputs[0]
+    values = []
+    for x in (*inputs, *outputs):
+        values += (x.data_ptr(), x.stride(0), native.DTYPES[x.dtype])
+    strides = coefficients.stride()
+    batch_stride = strides[0] if coefficients.ndim == 3 else 0
+    tensors = native.table(values)
+    table = native.table(
+        [coefficients.data_ptr(), batch_stride, strides[-2], strides[-1], native.DTYPES[coefficients.dtype]]
+    )
+    count = first.numel() // first.shape[0]
+    keys = None if seeds is None else seeds.data_ptr()
+    native.call("lincomb", first, len(inputs), len(outputs), first.shape[0], count, tensors, table, keys, stream)
+
+
+def _fill(
+    inputs: Sequence[Tensor], coefficients: Tensor, seeds: Tensor | None, stream: int, outputs: Sequence[Tensor]
+) -> None:
+    """Write the combinations into outputs, by the backend that serves their device."""
+    first = inputs[0]
+    if first.numel() == 0 or not outputs:
+        return
+    backend, _ = backends.choose("lincomb", first.device.type)
+    columns, rows = MOST.get(backend, (0, 0))
+    if len(inputs) + 1 > columns or len(outputs) > rows:
+        for y, value in zip(outputs, reference(inputs, coefficients, seeds, stream, [y.dtype for y in outputs])):
+            y.copy_(value)
+        return
+    read, write = layout.match(inputs, outputs)
+    if seeds is not None:
+        seeds = seeds.contiguous()
+        if not layout.is_row_major(write[0]):  # elements are numbered in the usual order, not in memory's
+            noise = draw("normal", seeds, math.prod(first.shape[1:]), stream, _wide(inputs)).view(first.shape)
+            read.append(layout.like_sample(write[0], noise, noise.dtype))
+            seeds = None
+    if coefficients.dtype not in (torch.float32, torch.float64):
+        coefficients = coefficients.float()
+    (_call_triton if backend == "triton" else _call_c)(read, write, coefficients, seeds, stream)
+    for y, written in zip(outputs, write):
+        if written is not y:
+            y.copy_(written)
+
+
+def _empty(inputs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    return [torch.empty_like(inputs[0], dtype=dtype) for dtype in dtypes]
+
+
+def _lincomb(inputs, coefficients, seeds, stream, dtypes):
+    outputs = _empty(inputs, dtypes)
+    _fill(inputs, coefficients, seeds, stream, outputs)
+    return outputs
+
+
+_raw = registration.define(
+    "_lincomb(Tensor[] inputs, Tensor coefficients, Tensor? seeds, int stream, ScalarType[] dtypes) -> Tensor[]",
+    _lincomb,
+    lambda inputs, coefficients, seeds, stream, dtypes: _empty(inputs, dtypes),
+)
+_raw_out = registration.define(
+    "_lincomb_out(Tensor[] inputs, Tensor coefficients, Tensor? seeds, int stream, Tensor(a!)[] out) -> ()",
+    _fill,
+    lambda inputs, coefficients, seeds, stream, out: None,
+)
+
+
+class _Differentiable(torch.autograd.Function):
+    """Bilinear: the gradient of the inputs is a lincomb, that of the coefficients all inner products, the tangent one lincomb."""
+
+    @staticmethod
+    def forward(coefficients, seeds, stream, dtypes, *inputs):
+        return tuple(_raw(inputs, coefficients, seeds, stream, dtypes))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        coefficients, seeds, stream, dtypes, *terms = inputs
+        ctx.stream, ctx.dtypes, ctx.noisy = stream, dtypes, seeds is not None
+        ctx.set_materialize_grads(False)
+        saved = (coefficients, *terms, *((seeds,) if ctx.noisy else ()))
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def _saved(ctx) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        coefficients, *terms = ctx.saved_tensors
+        return coefficients, terms, terms.pop() if ctx.noisy else None
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        coefficients, inputs, seeds = _Differentiable._saved(ctx)
+        rows = [m for m, gradient in enumerate(gradients) if gradient is not None]
+        result: list[Any] = [None] * (4 + len(inputs))
+        if not rows:
+            return tuple(result)
+        given = [gradients[m] for m in rows]
+        live = coefficients if len(rows) == len(gradients) else coefficients[..., rows, :]  # [(B,) M', K]
+        wanted = [k for k in range(len(inputs)) if ctx.needs_input_grad[4 + k]]
+        if wanted:
+            columns = live[..., wanted] if len(wanted) < live.shape[-1] else live
+            found = lincomb(given, columns.transpose(-1, -2), dtypes=[inputs[k].dtype for k in wanted])
+            for k, gradient in zip(wanted, found):
+                result[4 + k] = gradient
+        if ctx.needs_input_grad[0]:
+            right = list(inputs)
+            if seeds is not None:
+                right.append(normal(seeds, inputs[0].shape[1:], stream=ctx.stream, dtype=_wide(inputs)))
+            gradient = inner_products(given, right)  # [B, M', K]
+            gradient = (gradient if coefficients.ndim == 3 else gradient.sum(0)).to(coefficients.dtype)
+            if len(rows) < len(gradients):
+                gradient = torch.zeros_like(coefficients).index_copy(-2, torch.tensor(rows, device=live.device), gradient)
+            result[0] = gradient
+        return tuple(result)
+
+    @staticmethod
+    def jvp(ctx, coefficients_tangent, _seeds, _stream, _dtypes, *tangents):
+        coefficients, inputs, seeds = _Differentiable._saved(ctx)
+        moving = [k for k, tangent in enumerate(tangents) if tangent is not None]
+        terms = [tangents[k] for k in moving]
+        table = coefficients[..., moving]
+        if coefficients_tangent is not None:
+            terms += inputs
+            table = torch.cat([table, coefficients_tangent], -1)
+        else:
+            seeds = None
+        if not terms:
+            return tuple(None for _ in ctx.dtypes)
+        return lincomb(terms, table, noise_seeds=seeds, noise_stream=ctx.stream, dtypes=ctx.dtypes)
+
+    @staticmethod
+    def vmap(info, in_dims, coefficients, seeds, stream, dtypes, *inputs):
+        """Folds the mapped dimension into the batch."""
+        folds = info.batch_size
+        first, dim = inputs[0], in_dims[4]
+        batch = first.shape[0] if dim is None else first.movedim(dim, 0).shape[1]
+
+        def fold(x: Tensor, dim: int | None) -> Tensor:  # [V * B, ...]
+            x = x.expand(folds, *x.shape) if dim is None else x.movedim(dim, 0)
+            return x.reshape(folds * batch, *x.shape[2:])
+
+        if in_dims[0] is not None or coefficients.ndim == 3:
+            per_sample = coefficients.ndim - (in_dims[0] is not None) == 3
+            if not per_sample:
+                coefficients = coefficients.movedim(in_dims[0], 0)
+                coefficients = coefficients[:, None].expand(-1, batch, -1, -1).reshape(-1, *coefficients.shape[1:])
+            else:
+                coefficients = fold(coefficients, in_dims[0])
+        outputs = lincomb(
+            [fold(x, d) for x, d in zip(inputs, in_dims[4:])],
+            coefficients,
+            noise_seeds=None if seeds is None else fold(seeds, in_dims[1]),
+            noise_stream=stream,
+            dtypes=dtypes,
+        )
+        return tuple(y.unflatten(0, (folds, batch)) for y in outputs), (0,) * len(outputs)
+
+
+@functools.cache
+def _differentiable():
+    """The autograd function as one node of a compiler's graph, should a compiler ever meet it. (Imports torch._dynamo: on first use.)"""
+
+    @torch.compiler.allow_in_graph
+    def apply(*arguments):
+        return _Differentiable.apply(*arguments)
+
+    return apply
 
 
 def _check(inputs, coefficients, noise_seeds, noise_stream, out, dtypes) -> None:
@@ -97,12 +350,19 @@ def lincomb(
     """
     _check(inputs, coefficients, noise_seeds, noise_stream, out, dtypes)
     if out is not None:
-        dtypes = [o.dtype for o in out]
+        dtypes = [y.dtype for y in out]
     elif dtypes is None:
         dtypes = [functools.reduce(torch.promote_types, (x.dtype for x in inputs))] * coefficients.shape[-2]
-    outputs = reference(inputs, coefficients, noise_seeds, noise_stream, dtypes)
-    if out is not None:
-        for target, value in zip(out, outputs):
+    if out is not None and registration.differentiating((*inputs, coefficients, *out)):
+        raise ValueError("lincomb writes into out only where no derivative is taken; leave out=None or use torch.no_grad().")
+    if registration.tracing() or backends.choose("lincomb", inputs[0].device.type)[0] == "reference":
+        outputs = reference(inputs, coefficients, noise_seeds, noise_stream, dtypes)
+        for target, value in zip(out or (), outputs):
             target.copy_(value)
+        return tuple(outputs if out is None else out)
+    if out is not None:
+        _raw_out(list(inputs), coefficients, noise_seeds, noise_stream, list(out))
         return tuple(out)
-    return tuple(outputs)
+    if registration.differentiating((*inputs, coefficients)):
+        return _differentiable()(coefficients, noise_seeds, noise_stream, tuple(dtypes), *inputs)
+    return tuple(_raw(list(inputs), coefficients, noise_seeds, noise_stream, list(dtypes)))

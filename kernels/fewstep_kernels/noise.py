@@ -8,8 +8,9 @@ numbered in row-major order inside the sample.
     normal    Box-Muller on word pairs (w0, w1) and (w2, w3): sqrt(-2 log u) (cos 2 pi v, sin 2 pi v),
               u = (w + 1/2) / 2^32, v = w' / 2^32; |normal| < 6.77
 
-log, sin and cos are fixed polynomials in float64 made of +, -, *, / and sqrt alone, which IEEE 754 rounds alike everywhere: libraries' own
-functions differ in the last bit between vector bodies and tails. The float64 result is accurate to a few ulp and is then rounded.
+log, square root, sin and cos are fixed float64 sequences of +, -, * and / alone, which IEEE 754 rounds alike everywhere. Libraries' own
+functions differ in the last bit between vector bodies and tails (torch.sqrt in float64 is 1 ulp off for 1% of its arguments where MKL
+serves it). The float64 result is accurate to a few ulp and is then rounded.
 """
 
 from __future__ import annotations
@@ -20,10 +21,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import backends, native, registration
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _SQRT_HALF_BITS = 0x3FE6A09E667F3BCD
+_ROOT_GUESS = 0x5FE6EB50C7B537A9
 _ATANH = tuple(1.0 / (2 * n + 1) for n in range(11, -1, -1))
 _SINE = tuple((-1.0) ** n / math.factorial(2 * n + 1) for n in range(8, -1, -1))
 _COSINE = tuple((-1.0) ** n / math.factorial(2 * n) for n in range(9, -1, -1))
@@ -66,6 +76,15 @@ def _log_uniform(word: Tensor) -> Tensor:
     return exponent.double() * math.log(2.0) + (s + s) * _polynomial(s * s, _ATANH)
 
 
+def _square_root(x: Tensor) -> Tensor:
+    """x y, y = 1 / sqrt(x) by four Newton steps from a guess made of x's bits (relative error 3.4e-2, then its square, ...)."""
+    y = (_ROOT_GUESS - (x.view(torch.int64) >> 1)).view(torch.float64)
+    half = x * 0.5
+    for _ in range(4):
+        y = y * (1.5 - half * y * y)
+    return x * y
+
+
 def _turn(word: Tensor) -> tuple[Tensor, Tensor]:
     """(cos, sin) of 2 pi word / 2^32 in float64."""
     quarter = (word + (1 << 29)) >> 30
@@ -83,7 +102,7 @@ def normal_reference(seeds: Tensor, count: int, stream: int, dtype: torch.dtype)
     words = _words(seeds, -(-count // 4), stream)
     columns = []
     for radius_word, turn_word in (words[:2], words[2:]):
-        radius = (_log_uniform(radius_word) * -2.0).sqrt()
+        radius = _square_root(_log_uniform(radius_word) * -2.0)
         columns += [radius * part for part in _turn(turn_word)]
     return torch.stack(columns, -1).flatten(1)[:, :count].to(dtype)
 
@@ -93,6 +112,87 @@ def uniform_reference(seeds: Tensor, count: int, stream: int, dtype: torch.dtype
     bits = _UNIFORM_BITS[dtype]
     words = torch.stack(_words(seeds, -(-count // 4), stream), -1).flatten(1)[:, :count]
     return ((words >> (32 - bits)).double() * 2.0**-bits).to(dtype)
+
+
+if triton is not None:
+    _TRITON_ATANH = tl.constexpr(_ATANH)
+    _TRITON_SINE = tl.constexpr(_SINE)
+    _TRITON_COSINE = tl.constexpr(_COSINE)
+
+    @triton.jit
+    def _triton_polynomial(x, COEFFICIENTS: tl.constexpr):
+        total = x * COEFFICIENTS[0] + COEFFICIENTS[1]
+        for i in tl.static_range(2, len(COEFFICIENTS)):
+            total = total * x + COEFFICIENTS[i]
+        return total
+
+    @triton.jit
+    def _triton_box_muller(radius_word, turn_word):
+        u = (radius_word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+        bits = u.to(tl.int64, bitcast=True)
+        exponent = (bits - 0x3FE6A09E667F3BCD) >> 52
+        mantissa = (bits - (exponent << 52)).to(tl.float64, bitcast=True)
+        s = (mantissa - 1.0) / (mantissa + 1.0)
+        log = exponent.to(tl.float64) * 0.6931471805599453 + (s + s) * _triton_polynomial(s * s, _TRITON_ATANH)
+        square = log * -2.0
+        half = square * 0.5
+        y = (0x5FE6EB50C7B537A9 - (square.to(tl.int64, bitcast=True) >> 1)).to(tl.float64, bitcast=True)
+        for _ in tl.static_range(4):
+            y = y * (1.5 - half * y * y)
+        radius = square * y
+        word = turn_word.to(tl.int64)
+        quarter = (word + 536870912) >> 30
+        angle = (word - (quarter << 30)).to(tl.float64) * 1.4629180792671596e-09
+        square = angle * angle
+        cosine = _triton_polynomial(square, _TRITON_COSINE)
+        sine = angle * _triton_polynomial(square, _TRITON_SINE)
+        odd = (quarter & 1) != 0
+        first = tl.where(odd, sine, cosine) * (1.0 - ((quarter + 1) & 2).to(tl.float64))
+        second = tl.where(odd, cosine, sine) * (1.0 - (quarter & 2).to(tl.float64))
+        return radius * first, radius * second
+
+    @triton.jit
+    def _triton_words(seed, stream, group):
+        """Four uint32 words for each int64 group."""
+        c0 = group.to(tl.uint32)
+        c1 = (group >> 32).to(tl.uint32)
+        c2 = (group * 0 + stream).to(tl.uint32)
+        c3 = c1 * 0
+        k0 = seed.to(tl.uint32)
+        k1 = (seed >> 32).to(tl.uint32)
+        for _ in tl.static_range(10):
+            a = tl.full(c0.shape, 0xD2511F53, tl.uint32)
+            b = tl.full(c0.shape, 0xCD9E8D57, tl.uint32)
+            low0, high0 = c0 * a, tl.umulhi(c0, a)
+            low1, high1 = c2 * b, tl.umulhi(c2, b)
+            c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+            k0 = k0 + tl.full((), 0x9E3779B9, tl.uint32)
+            k1 = k1 + tl.full((), 0xBB67AE85, tl.uint32)
+        return c0, c1, c2, c3
+
+    @triton.jit
+    def triton_normal(seed, stream, group, BLOCK: tl.constexpr):
+        """BLOCK standard normal numbers in float64, from element 4 group on. Compile with enable_fp_fusion=False."""
+        w0, w1, w2, w3 = _triton_words(seed, stream, group + tl.arange(0, BLOCK // 4))
+        z0, z1 = _triton_box_muller(w0, w1)
+        z2, z3 = _triton_box_muller(w2, w3)
+        return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+
+    @triton.jit
+    def draw_kernel(
+        seeds, stream, out, count, blocks, BITS: tl.constexpr, BLOCK: tl.constexpr
+    ):  # BITS: 0 for normal numbers, else the bits of a uniform one
+        b = (tl.program_id(0) // blocks).to(tl.int64)
+        start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+        offsets = start + tl.arange(0, BLOCK)
+        seed = tl.load(seeds + b)
+        if BITS == 0:
+            values = triton_normal(seed, stream, start // 4, BLOCK)
+        else:
+            w0, w1, w2, w3 = _triton_words(seed, stream, start // 4 + tl.arange(0, BLOCK // 4))
+            words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+            values = (words >> (32 - BITS)).to(tl.float64) * (1.0 / (1 << BITS))
+        tl.store(out + b * count + offsets, values.to(tl.float32).to(out.dtype.element_ty) if out.dtype.element_ty != tl.float64 else values, mask=offsets < count)
 
 
 def check_seeds(seeds: Tensor, stream: int, dtype: torch.dtype = torch.float32) -> None:
@@ -105,16 +205,53 @@ def check_seeds(seeds: Tensor, stream: int, dtype: torch.dtype = torch.float32) 
         raise TypeError(f"random numbers come as float64, float32, float16 or bfloat16; got {dtype}.")
 
 
+def _draw(kind: str, seeds: Tensor, count: int, stream: int, dtype: torch.dtype) -> Tensor:
+    backend, _ = backends.choose(kind, seeds.device.type)
+    if backend == "reference":
+        return (normal_reference if kind == "normal" else uniform_reference)(seeds, count, stream, dtype)
+    out = torch.empty(len(seeds), count, dtype=dtype, device=seeds.device)
+    if out.numel() == 0:
+        return out
+    seeds = seeds.contiguous()
+    if backend == "triton":
+        block = min(1024, max(16, triton.next_power_of_2(count)))
+        blocks = triton.cdiv(count, block)
+        bits = 0 if kind == "normal" else _UNIFORM_BITS[dtype]
+        with torch.cuda.device_of(seeds):
+            draw_kernel[(len(seeds) * blocks,)](
+                seeds, stream, out, count, blocks, BITS=bits, BLOCK=block, num_warps=4, enable_fp_fusion=False
+            )
+    else:
+        native.call(
+            kind, seeds, seeds.data_ptr(), len(seeds), count, stream, out.data_ptr(), native.DTYPES[dtype]
+        )
+    return out
+
+
+_raw = registration.define(
+    "_draw(str kind, Tensor seeds, SymInt count, int stream, ScalarType dtype) -> Tensor",
+    _draw,
+    lambda kind, seeds, count, stream, dtype: seeds.new_empty((seeds.shape[0], count), dtype=dtype),
+)
+
+
+def draw(kind: str, seeds: Tensor, count: int, stream: int, dtype: torch.dtype) -> Tensor:
+    """[B, count] numbers; kind is "normal" or "uniform". Seeds have no derivatives; under vmap the reference serves."""
+    if registration.tracing() or torch._C._functorch.is_batchedtensor(seeds):
+        return (normal_reference if kind == "normal" else uniform_reference)(seeds, count, stream, dtype)
+    return _raw(kind, seeds, count, stream, dtype)
+
+
 def normal(seeds: Tensor, shape: Sequence[int], *, stream: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal numbers [B, *shape], one independent sequence for each (seed, stream).
 
     seeds: int64 [B]. Every sample's numbers depend on its own seed only. Raises TypeError/ValueError on other seeds or streams.
     """
     check_seeds(seeds, stream, dtype)
-    return normal_reference(seeds, math.prod(shape), stream, dtype).view(len(seeds), *shape)
+    return draw("normal", seeds, math.prod(shape), stream, dtype).view(len(seeds), *shape)
 
 
 def uniform(seeds: Tensor, shape: Sequence[int] = (), *, stream: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Uniform numbers [B, *shape] in [0, 1), one independent sequence for each (seed, stream). seeds: int64 [B]."""
     check_seeds(seeds, stream, dtype)
-    return uniform_reference(seeds, math.prod(shape), stream, dtype).view(len(seeds), *shape)
+    return draw("uniform", seeds, math.prod(shape), stream, dtype).view(len(seeds), *shape)

@@ -1,0 +1,71 @@
+/* Every function that libfewstep_cpu.so and libfewstep_cuda.so export.
+ *
+ * Plain C: raw pointers, sizes, a stream; no torch. Tables are arrays of int64 so that any caller can pack them.
+ * Functions return 0, or a code: 1 for an argument outside its range, 1000 + cudaError_t for a CUDA failure.
+ * Strides and counts are in elements. A sample's elements are contiguous; samples are batch_stride apart (0: one sample for all).
+ */
+#ifndef FEWSTEP_KERNELS_H
+#define FEWSTEP_KERNELS_H
+
+#include <stdint.h>
+
+#define FEWSTEP_ABI 1
+
+#pragma GCC visibility push(default)
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { FEWSTEP_FLOAT32 = 0, FEWSTEP_BFLOAT16 = 1, FEWSTEP_FLOAT16 = 2, FEWSTEP_FLOAT64 = 3 };
+
+typedef struct {
+    int64_t data; /* address */
+    int64_t batch_stride;
+    int64_t dtype;
+} fewstep_tensor;
+
+/* coefficients[b * batch_stride + m * row_stride + k * column_stride] */
+typedef struct {
+    int64_t data;
+    int64_t batch_stride;
+    int64_t row_stride;
+    int64_t column_stride;
+    int64_t dtype; /* FEWSTEP_FLOAT32 or FEWSTEP_FLOAT64 */
+} fewstep_coefficients;
+
+/* out[m][b] = sum_k c[b][m][k] in[k][b], tensors = the inputs, then the outputs. With seeds (int64 [batch]) the coefficients have
+ * one more column, for standard normal noise. Accumulates in float64 when an input is float64, else in float32; products and sums round
+ * separately, in the order of the inputs. An output may be an input (same address, stride and dtype), never overlap one otherwise. */
+int fewstep_cpu_lincomb(int64_t inputs, int64_t outputs, int64_t batch, int64_t count, const fewstep_tensor *tensors,
+                        const fewstep_coefficients *coefficients, const int64_t *seeds, int64_t stream, int64_t threads);
+
+/* out [batch, count], contiguous: Philox4x32-10 keyed by seeds[b], counter (element / 4, stream). */
+int fewstep_cpu_normal(const int64_t *seeds, int64_t batch, int64_t count, int64_t stream, void *out, int64_t dtype, int64_t threads);
+int fewstep_cpu_uniform(const int64_t *seeds, int64_t batch, int64_t count, int64_t stream, void *out, int64_t dtype, int64_t threads);
+
+/* table: for every tensor {parameter, parameter dtype, count, then {average, average dtype} for every profile};
+ * average += weight (parameter - average), in float64 for float64 averages, else in float32. */
+int fewstep_cpu_ema_update(int64_t tensors, int64_t profiles, const int64_t *table, const double *weights, int64_t threads);
+
+/* out[b][m][k] = sum_i left[m][b][i] right[k][b][i], summed in float64; tensors = left, then right; out is float32 or float64.
+ * The sum does not depend on the number of threads. */
+int fewstep_cpu_inner_products(int64_t left, int64_t right, int64_t batch, int64_t count, const fewstep_tensor *tensors, void *out,
+                               int64_t out_dtype, int64_t threads);
+
+const char *fewstep_cpu_instructions(void); /* "avx512", "avx2" or "baseline": chosen once, from this processor */
+int fewstep_cpu_abi(void);
+
+/* The same on a CUDA device: every pointer inside tensors and coefficients is a device address; tables are read on the host.
+ * Launched on stream; nothing synchronises. Noise as on the CPU. At most 16 inputs and 8 outputs. */
+int fewstep_cuda_lincomb(int64_t inputs, int64_t outputs, int64_t batch, int64_t count, const fewstep_tensor *tensors,
+                         const fewstep_coefficients *coefficients, const int64_t *seeds, int64_t noise_stream, void *stream);
+int fewstep_cuda_normal(const int64_t *seeds, int64_t batch, int64_t count, int64_t noise_stream, void *out, int64_t dtype, void *stream);
+int fewstep_cuda_uniform(const int64_t *seeds, int64_t batch, int64_t count, int64_t noise_stream, void *out, int64_t dtype, void *stream);
+int fewstep_cuda_ema_update(int64_t tensors, int64_t profiles, const int64_t *table, const double *weights, void *stream);
+int fewstep_cuda_abi(void);
+
+#ifdef __cplusplus
+}
+#endif
+#pragma GCC visibility pop
+#endif

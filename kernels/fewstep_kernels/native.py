@@ -1,0 +1,86 @@
+"""The C libraries built from csrc/, loaded with ctypes. csrc/include/fewstep_kernels.h lists every function."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABI = 1
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_int, _pointer = ctypes.c_int64, ctypes.c_void_p
+_SIGNATURES = {
+    "lincomb": [_int, _int, _int, _int, _pointer, _pointer, _pointer, _int],
+    "normal": [_pointer, _int, _int, _int, _pointer, _int],
+    "uniform": [_pointer, _int, _int, _int, _pointer, _int],
+    "ema_update": [_int, _int, _pointer, _pointer],
+    "inner_products": [_int, _int, _int, _int, _pointer, _pointer, _int],
+}
+_ON_CUDA = ("lincomb", "normal", "uniform", "ema_update")
+
+
+class Library:
+    """One shared library: `functions` by operator name, or `missing`, one sentence that says why there are none."""
+
+    def __init__(self, kind: str, loader: type[ctypes.CDLL], last: type, names: tuple[str, ...]) -> None:
+        path = Path(__file__).parent / "_lib" / f"libfewstep_{kind}.so"
+        self.functions: dict[str, ctypes._NamedFuncPointer] = {}
+        self.missing = ""
+        self.instructions = ""
+        if not path.is_file():
+            compiler = "g++" if kind == "cpu" else "nvcc"
+            self.missing = f"{path.name} was not built: install {compiler} and run pip install again"
+            return
+        try:
+            library = loader(str(path))
+            if getattr(library, f"fewstep_{kind}_abi")() != ABI:
+                self.missing = f"{path.name} is from another version: run pip install again"
+                return
+        except (OSError, AttributeError) as error:
+            self.missing = f"{path.name} does not load: {error}"
+            return
+        for name in names:
+            function = getattr(library, f"fewstep_{kind}_{name}")
+            function.argtypes, function.restype = [*_SIGNATURES[name], last], ctypes.c_int
+            self.functions[name] = function
+        if kind == "cpu":
+            library.fewstep_cpu_instructions.restype = ctypes.c_char_p
+            self.instructions = library.fewstep_cpu_instructions().decode()
+
+
+@functools.cache
+def cpu() -> Library:
+    """CDLL: the calls release the interpreter lock."""
+    return Library("cpu", ctypes.CDLL, _int, tuple(_SIGNATURES))
+
+
+@functools.cache
+def cuda() -> Library:
+    """PyDLL: a launch takes a few microseconds, less than handing the interpreter lock over and back."""
+    return Library("cuda", ctypes.PyDLL, _pointer, _ON_CUDA)
+
+
+def call(name: str, tensor: Tensor, *arguments: object) -> None:
+    """Call an operator's function in the library for the tensor's device, with its threads or its current stream as the last argument."""
+    if tensor.device.type == "cuda":
+        # Not yet run on a GPU: compiled and tested for its host side only.
+        with torch.cuda.device(tensor.device):
+            stream = torch._C._cuda_getCurrentRawStream(tensor.device.index)
+            code = cuda().functions[name](*arguments, stream)
+    else:
+        code = cpu().functions[name](*arguments, torch.get_num_threads())
+    if code:
+        raise RuntimeError(f"fewstep_{tensor.device.type}_{name} failed with code {code}.")
+
+
+@functools.cache
+def _array(length: int) -> type[ctypes.Array]:
+    return _int * length
+
+
+def table(values: list[int]) -> ctypes.Array:
+    """An array of int64 as the C functions read them."""
+    return _array(len(values))(*values)
