@@ -1,0 +1,102 @@
+"""Elementary functions of a real number that is a Python float (float64 arithmetic) or a tensor (its own dtype).
+
+Schedules, prediction types and solver rows are written once with these, so a plan compiled on the host and a row
+computed per sample on the device come from the same formula. Floats give limits (log 0 = -inf) instead of raising.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias, overload
+
+import torch
+from torch import Tensor
+
+Real: TypeAlias = "float | Tensor"
+
+
+def is_tensor(*values: object) -> bool:
+    return any(isinstance(value, Tensor) for value in values)
+
+
+@overload
+def constant(like: float, value: float) -> float: ...
+@overload
+def constant(like: Tensor, value: float) -> Tensor: ...
+def constant(like: Real, value: float) -> Real:
+    """`value` in the form (float, or tensor of the same shape) of `like`."""
+    return torch.full_like(like, value) if isinstance(like, Tensor) else float(value)
+
+
+def exp(a: Real) -> Real:
+    if isinstance(a, Tensor):
+        return torch.exp(a)
+    try:
+        return math.exp(a)
+    except OverflowError:
+        return math.inf
+
+
+def log(a: Real) -> Real:
+    if isinstance(a, Tensor):
+        return torch.log(a)
+    return math.log(a) if a > 0 else (-math.inf if a == 0 else math.nan)
+
+
+def expm1(a: Real) -> Real:
+    return torch.expm1(a) if isinstance(a, Tensor) else math.expm1(a)
+
+
+def sqrt(a: Real) -> Real:
+    return torch.sqrt(a) if isinstance(a, Tensor) else math.sqrt(a)
+
+
+def sqrt_or_zero(a: Real) -> Real:
+    """sqrt(max(a, 0)): for differences of squares that rounding may leave a little below zero."""
+    return torch.sqrt(torch.clamp(a, min=0.0)) if isinstance(a, Tensor) else math.sqrt(max(a, 0.0))
+
+
+def sin(a: Real) -> Real:
+    return torch.sin(a) if isinstance(a, Tensor) else math.sin(a)
+
+
+def cos(a: Real) -> Real:
+    return torch.cos(a) if isinstance(a, Tensor) else math.cos(a)
+
+
+def atan(a: Real) -> Real:
+    return torch.atan(a) if isinstance(a, Tensor) else math.atan(a)
+
+
+def atan2(a: Real, b: Real) -> Real:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.atan2(a, b)
+    return math.atan2(a, b)
+
+
+def softplus(a: Real) -> Real:
+    """log(1 + e^a), without overflow."""
+    if isinstance(a, Tensor):
+        return torch.logaddexp(a, torch.zeros_like(a))
+    if math.isinf(a):
+        return a if a > 0 else 0.0
+    return max(a, 0.0) + math.log1p(math.exp(-abs(a)))
+
+
+def divide(a: Real, b: Real) -> Real:
+    """a / b, with the limits of IEEE arithmetic for floats too."""
+    if is_tensor(a, b) or b != 0:
+        return a / b
+    return math.nan if a == 0 else math.copysign(math.inf, a)
+
+
+def select(condition: bool | Tensor, a: Real, b: Real) -> Real:
+    """`a` where the condition holds, else `b`."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, a, b)
+    return a if condition else b
+
+
+def isinf(a: Real) -> bool:
+    """Whether a float is infinite (a tensor is never asked: that would read the device)."""
+    return not isinstance(a, Tensor) and math.isinf(a)

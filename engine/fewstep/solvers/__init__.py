@@ -1,0 +1,27 @@
+"""Solvers as data: `plan` compiles one to a table, `sample` and `execute` run any table."""
+
+from fewstep.solvers import consistency, ddim, dpmpp, euler, grids, heun
+from fewstep.solvers.executor import Execution, execute, sample
+from fewstep.solvers.per_sample import row, step
+from fewstep.solvers.plans import Plan, Stage
+from fewstep.solvers.registry import describe, names, plan, register
+
+__all__ = [
+    "Execution",
+    "Plan",
+    "Stage",
+    "consistency",
+    "ddim",
+    "describe",
+    "dpmpp",
+    "euler",
+    "execute",
+    "grids",
+    "heun",
+    "names",
+    "plan",
+    "register",
+    "row",
+    "sample",
+    "step",
+]

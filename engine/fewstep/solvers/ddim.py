@@ -1,0 +1,29 @@
+"""DDIM(eta).  Song et al. 2020, 2010.02502; eta = 1 is DDPM's ancestral step with the posterior variance (2006.11239)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fewstep.diffusion.schedules import Schedule
+from fewstep.errors import UserError
+from fewstep.solvers import rows
+from fewstep.solvers.plans import Row
+from fewstep.solvers.registry import register
+
+
+@register("ddim", "order 1 (weak order 1 for eta > 0); 2010.02502")
+def ddim(schedule: Schedule, times: Sequence[float], *, eta: float = 0.0) -> list[Row]:
+    """One evaluation a step; eta from 0 (the ODE) to 1 (ancestral sampling). No noise is drawn where sigma' = 0."""
+    if not 0.0 <= eta <= 1.0:
+        raise UserError(f"solver 'ddim' got eta={eta!r}; give a number from 0 (deterministic) to 1 (ancestral).")
+    if eta > 0.0 and times[-1] > times[0]:
+        raise UserError(f"solver 'ddim' got eta={eta!r} on a rising grid; inversion is deterministic, give eta=0.")
+    table = []
+    for step, (t, s) in enumerate(zip(times, times[1:])):
+        if eta == 0.0:
+            of_x, of_denoised = rows.jump(schedule, t, s)
+            of_noise = 0.0
+        else:
+            of_x, of_denoised, of_noise = rows.noisy_jump(schedule, t, s, eta)
+        table.append(Row(t, s, {"x": {"x": of_x, "D": of_denoised, "noise": of_noise}}, step))
+    return table
