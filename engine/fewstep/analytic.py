@@ -1,7 +1,8 @@
-"""Gaussian and Gaussian-mixture data, where the optimal denoiser, the probability-flow map and the consistency function are known.
+"""Gaussian and Gaussian-mixture data, where the optimal denoiser, the probability-flow map and the consistency
+function are known.
 
-Oracles for this package's tests and for anyone who writes a method. Data are [B, D] or [B, C, H, W]; `cond` is int64 [B] naming a
-component of the mixture, and its null (= the number of components) means the whole mixture.
+Oracles for this package's tests and for anyone who writes a method. Data are [B, D] or [B, C, H, W]; `cond` is int64
+[B] naming a component of the mixture, and its null (= the number of components) means the whole mixture.
 """
 
 from __future__ import annotations
@@ -61,14 +62,18 @@ class _Data:
         return Denoiser(AnalyticNetwork(self, schedule, kind, target=None), schedule, kind)
 
     def student(self, schedule: Schedule, prediction: str | Prediction = "x0") -> Denoiser:
-        """The exact consistency function as a Denoiser: its read-out is the path's state at the prediction's boundary, or clean."""
+        """The exact consistency function as a Denoiser: its read-out is the path's state at the prediction's
+        boundary, or clean.
+        """
         kind = predictions.get(prediction)
         target = schedule.t_clean if kind.boundary is None else kind.boundary
         return Denoiser(AnalyticNetwork(self, schedule, kind, target), schedule, kind)
 
 
 class Gaussian(_Data):
-    """N(mean, std^2 I). `mean` is a number or a tensor shaped like one sample; `cond` is accepted and changes nothing."""
+    """N(mean, std^2 I). `mean` is a number or a tensor shaped like one sample; `cond` is accepted and changes
+    nothing.
+    """
 
     components = 1
 
@@ -115,7 +120,9 @@ class Mixture(_Data):
             raise UserError("a mixture's weights and stds must be above 0.")
         self.weights = self.weights / self.weights.sum()
 
-    def posterior(self, x: Tensor, alpha: Real, sigma: Real, cond: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def posterior(
+        self, x: Tensor, alpha: Real, sigma: Real, cond: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(responsibilities [B, K], x - alpha mean_k [B, K, ...], variances of x [B, K])."""
         a, s = (torch.as_tensor(v, dtype=x.dtype, device=x.device).reshape(-1, 1) for v in (alpha, sigma))
         means, stds, weights = self.means.to(x), self.stds.to(x), self.weights.to(x)
@@ -124,7 +131,9 @@ class Mixture(_Data):
         numbers = math.prod(x.shape[1:])
         scores = weights.log() - 0.5 * numbers * variances.log() - 0.5 * offsets.flatten(2).square().sum(-1) / variances
         if cond is not None:
-            kept = (cond[:, None] == torch.arange(self.components, device=x.device)) | (cond[:, None] == self.components)
+            kept = (cond[:, None] == torch.arange(self.components, device=x.device)) | (
+                cond[:, None] == self.components
+            )
             scores = scores.masked_fill(~kept, -math.inf)
         return torch.softmax(scores, dim=1), offsets, variances.expand(len(x), -1)
 
@@ -210,7 +219,9 @@ class AnalyticNetwork(nn.Module):
         of_x, of_output = self.prediction.coefficients(self.schedule, time)
         of_output = _spread(of_output, x)
         free = of_output == 0  # at the boundary the read-out is x whatever the network says
-        return torch.where(free, torch.zeros_like(x), (answer - _spread(of_x, x) * x) / torch.where(free, 1.0, of_output))
+        return torch.where(
+            free, torch.zeros_like(x), (answer - _spread(of_x, x) * x) / torch.where(free, 1.0, of_output)
+        )
 
     def time(self, told: Tensor) -> Tensor:
         """Schedule time from the network's own."""

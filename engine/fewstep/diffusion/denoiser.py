@@ -75,7 +75,9 @@ class Denoiser(nn.Module):
         uncond: Any = None,
         **inputs: Any,
     ) -> Tensor:
-        """x0_hat of uncond + w (cond - uncond) by one doubled call; w a float or [B]; None and 1.0 skip the second half."""
+        """x0_hat of uncond + w (cond - uncond) by one doubled call; w a float or [B]; None and 1.0 skip the second
+        half.
+        """
         if not guiding.is_guided(guidance):
             return self(x, t, cond, **inputs)
         assert guidance is not None

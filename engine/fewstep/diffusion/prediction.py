@@ -29,8 +29,8 @@ class Prediction:
     """A prediction type.
 
     `sigma_data` matters to "edm" only. `boundary`, when given, is the schedule time at which the read-out is the
-    identity, whatever the network: the consistency form of 2303.01469 (appendix C) for "edm", the DDIM jump to that time
-    for the others. The read-out is then an estimate of x at `boundary` and not of x0.
+    identity, whatever the network: the consistency form of 2303.01469 (appendix C) for "edm", the DDIM jump to that
+    time for the others. The read-out is then an estimate of x at `boundary` and not of x0.
     """
 
     kind: str

@@ -25,8 +25,8 @@ from fewstep.errors import UserError, choose
 class Schedule:
     """What all schedules share.
 
-    `t_min` and `t_max` bound training and sampling; `t_clean` is the time at which sigma is zero (where a sampler ends).
-    tau = sigma/alpha is `ratio`, lambda = log(alpha/sigma) is `half_log_snr`.
+    `t_min` and `t_max` bound training and sampling; `t_clean` is the time at which sigma is zero (where a sampler
+    ends). tau = sigma/alpha is `ratio`, lambda = log(alpha/sigma) is `half_log_snr`.
     """
 
     name: ClassVar[str] = ""
@@ -91,7 +91,9 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class VariancePreserving(Schedule):
-    """Continuous VP with beta(t) linear: log alpha = -t^2 (beta_max - beta_min)/4 - t beta_min/2 (2011.13456, eq. 33)."""
+    """Continuous VP with beta(t) linear: log alpha = -t^2 (beta_max - beta_min)/4 - t beta_min/2 (2011.13456, eq.
+    33).
+    """
 
     name: ClassVar[str] = "vp"
     beta_min: float = 0.1
@@ -375,7 +377,8 @@ class Flow(Schedule):
 class TrigFlow(Schedule):
     """TrigFlow: alpha = cos t, sigma = sigma_data sin t (2410.11081, eq. 3).
 
-    With prediction "edm" of the same sigma_data this is the paper's D = cos t x - sigma_data sin t F with F's sign turned.
+    With prediction "edm" of the same sigma_data this is the paper's D = cos t x - sigma_data sin t F with F's sign
+    turned.
     """
 
     name: ClassVar[str] = "trigflow"

@@ -18,8 +18,8 @@ from fewstep.solvers.registry import register
 def consistency(schedule: Schedule, times: Sequence[float], *, prediction: Prediction) -> list[Row]:
     """Answer, add fresh noise up to the next time, answer again; the last answer is the sample.
 
-    With a boundary e the student answers at time e and noise of std sqrt(s^2 - e^2) (in the VE form) goes on top; without one
-    the answer counts as clean (e = 0), as for a DMD2 student.
+    With a boundary e the student answers at time e and noise of std sqrt(s^2 - e^2) (in the VE form) goes on top;
+    without one the answer counts as clean (e = 0), as for a DMD2 student.
     """
     if times[-1] > times[0]:
         raise UserError(

@@ -1,7 +1,10 @@
-"""DDIM(eta).  Song et al. 2020, 2010.02502; eta = 1 is DDPM's ancestral step with the posterior variance (2006.11239)."""
+"""DDIM(eta). Song et al. 2020, 2010.02502; eta = 1 is DDPM's ancestral step with the posterior variance
+(2006.11239).
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from fewstep.diffusion.schedules import Schedule
@@ -19,7 +22,7 @@ def ddim(schedule: Schedule, times: Sequence[float], *, eta: float = 0.0) -> lis
     if eta > 0.0 and times[-1] > times[0]:
         raise UserError(f"solver 'ddim' got eta={eta!r} on a rising grid; inversion is deterministic, give eta=0.")
     table = []
-    for step, (t, s) in enumerate(zip(times, times[1:])):
+    for step, (t, s) in enumerate(itertools.pairwise(times)):
         if eta == 0.0:
             of_x, of_denoised = rows.jump(schedule, t, s)
             of_noise = 0.0

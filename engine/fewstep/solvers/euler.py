@@ -5,6 +5,7 @@ First-order steps do not depend on the coordinate: this is DDIM with eta = 0, in
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from fewstep.diffusion.schedules import Schedule
@@ -17,7 +18,7 @@ from fewstep.solvers.registry import register
 def euler(schedule: Schedule, times: Sequence[float]) -> list[Row]:
     """One evaluation a step."""
     table = []
-    for step, (t, s) in enumerate(zip(times, times[1:])):
+    for step, (t, s) in enumerate(itertools.pairwise(times)):
         of_x, of_denoised = rows.jump(schedule, t, s)
         table.append(Row(t, s, {"x": {"x": of_x, "D": of_denoised}}, step))
     return table

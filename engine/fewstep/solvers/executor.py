@@ -1,8 +1,9 @@
 """Runs any plan: one network call and one linear map a stage.
 
-With gradients off it allocates only the first time: states live in buffers kept with the plan per shape, dtype, device and
-thread, coefficients and times are tensors on the device, a guided stage is one call of doubled batch whose halves are read as
-views, and nothing is read back by the host. With gradients, and inside a compiler or exporter, it allocates and is a pure function.
+With gradients off it allocates only the first time: states live in buffers kept with the plan per shape, dtype, device
+and thread, coefficients and times are tensors on the device, a guided stage is one call of doubled batch whose halves
+are read as views, and nothing is read back by the host. With gradients, and inside a compiler or exporter, it allocates
+and is a pure function.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ RECORDS = ("x", "denoised", "mean")
 class Execution:
     """What a run gives: `x` at the last stage's target, `denoised` (that stage's read-out), and what was recorded.
 
-    recorded["x"] has one state more than stages run (the first is where it started); "denoised" and "mean" (x before its noise was
-    added) have one per stage.
+    recorded["x"] has one state more than stages run (the first is where it started); "denoised" and "mean" (x before
+    its noise was added) have one per stage.
     """
 
     x: Tensor
@@ -46,10 +47,11 @@ def sample(
 ) -> Tensor:
     """x0 [B, ...] from standard normal noise; the plan scales it.
 
-    denoiser: a Denoiser, or a bare net(x_scaled, t_net, cond). noise: [B, C, H, W] or [B, D]; or [B, 1 + S, ...] carrying the noise of
-    the plan's S stochastic stages too. seeds: int64 [B], from which stochastic stages draw (Philox stream k for the k-th) when noise does
-    not carry it. uncond: the condition of guidance's other half; the network's null condition if not given.
-    Raises UserError for a wrong shape, a missing seed, or a denoiser that is not the plan's.
+    denoiser: a Denoiser, or a bare net(x_scaled, t_net, cond). noise: [B, C, H, W] or [B, D]; or [B, 1 + S, ...]
+    carrying the noise of the plan's S stochastic stages too. seeds: int64 [B], from which stochastic stages draw
+    (Philox stream k for the k-th) when noise does not carry it. uncond: the condition of guidance's other half; the
+    network's null condition if not given. Raises UserError for a wrong shape, a missing seed, or a denoiser that is not
+    the plan's.
     """
     with torch.no_grad():
         return _run(plan, denoiser, noise, cond, uncond, seeds, answer=False).x
@@ -71,10 +73,11 @@ def execute(
 ) -> Execution:
     """Runs stages start to stop (excluded) of a plan.
 
-    networks: a Denoiser, a method's Network, a bare net, or a sequence of these with one per stage. From start = 0, `noise` is
-    standard normal and is scaled by the plan (a rising plan takes the state itself); from a later start it is the state x at that stage,
-    which must not read what earlier stages kept. gradient: through no stage, the last one run, or all. record: of "x", "denoised",
-    "mean". checkpoint: recompute network calls in the backward pass instead of keeping their activations.
+    networks: a Denoiser, a method's Network, a bare net, or a sequence of these with one per stage. From start = 0,
+    `noise` is standard normal and is scaled by the plan (a rising plan takes the state itself); from a later start it
+    is the state x at that stage, which must not read what earlier stages kept. gradient: through no stage, the last one
+    run, or all. record: of "x", "denoised", "mean". checkpoint: recompute network calls in the backward pass instead of
+    keeping their activations.
     """
     if gradient not in ("none", "last", "all"):
         raise choose("gradient", gradient, ("none", "last", "all"))
@@ -90,7 +93,7 @@ def execute(
     kept = [name for name in plan.stages[start].inputs if name == "base" or name[0] == "d"]
     if start and kept:
         raise UserError(
-            f"stage {start} of this plan reads {kept[0]!r}, kept by an earlier stage; start at a stage that reads only x."
+            f"stage {start} of this plan reads {kept[0]!r}, kept by an earlier stage; start where only x is read."
         )
     with torch.no_grad() if gradient == "none" else contextlib.nullcontext():
         return _run(plan, networks, noise, cond, uncond, seeds, start, stop, gradient, tuple(record), checkpoint)
@@ -209,9 +212,7 @@ def _split_noise(
         raise UserError(f"noise is {given}; give a floating-point tensor [B, C, H, W] of standard normal numbers.")
     stochastic = plan.stochastic_stages
     if noise.ndim not in (2, 3, 4, 5):
-        raise UserError(
-            f"noise has shape {list(noise.shape)}; give [B, C, H, W], or [B, {1 + stochastic}, C, H, W] with the stages' noise."
-        )
+        raise UserError(f"noise has shape {list(noise.shape)}; give [B, C, H, W], or [B, {1 + stochastic}, C, H, W].")
     if seeds is not None and (
         not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.shape != noise.shape[:1]
     ):
@@ -366,9 +367,7 @@ def _conditions(
         if cond is None:
             raise UserError("this plan is guided and got no condition; give cond, or compile it with guidance=None.")
         if not hasattr(owner, "null"):
-            raise UserError(
-                f"this plan is guided and {type(owner).__name__} has no null(cond); give uncond, the unconditional condition."
-            )
+            raise UserError(f"this plan is guided and {type(owner).__name__} has no null(cond); give uncond.")
         uncond = owner.null(cond)
     if buffers is None or not isinstance(cond, Tensor) or not isinstance(uncond, Tensor):
         return cond, guiding.joined(cond, uncond)

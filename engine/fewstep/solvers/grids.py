@@ -9,6 +9,7 @@ the grids laid in tau or lambda, which are infinite there, run from 0.1% below i
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ def _custom(grid: list[float], schedule: Schedule, steps: int) -> tuple[float, .
 
 
 def _checked(values: Sequence[float], what: str, falling: bool) -> tuple[float, ...]:
-    for before, after in zip(values, values[1:]):
+    for before, after in itertools.pairwise(values):
         if not (after < before if falling else after > before):
             raise UserError(
                 f"{what} must be strictly {'falling' if falling else 'rising'} and goes from {before!r} to {after!r}; "

@@ -1,7 +1,10 @@
-"""Heun's method.  Karras et al. 2022, 2206.00364, algorithm 1 (no churn); in the flow coordinate, Heun of flow matching."""
+"""Heun's method. Karras et al. 2022, 2206.00364, algorithm 1 (no churn); in the flow coordinate, Heun of flow
+matching.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from fewstep.diffusion.schedules import Schedule
@@ -18,15 +21,15 @@ COORDINATES = ("ratio", "flow")
 def heun(schedule: Schedule, times: Sequence[float], *, coordinate: str | None = None) -> list[Row]:
     """Two evaluations a step, one for the step to sigma' = 0.
 
-    `coordinate` is where the trapezoid is taken: "ratio" (sigma/alpha, EDM's) or "flow" (sigma/(alpha + sigma), finite at pure
-    noise); by default "flow" on the flow schedule and "ratio" on the others.
+    `coordinate` is where the trapezoid is taken: "ratio" (sigma/alpha, EDM's) or "flow" (sigma/(alpha + sigma), finite
+    at pure noise); by default "flow" on the flow schedule and "ratio" on the others.
     """
     if coordinate is None:
         coordinate = "flow" if schedule.name == "flow" else "ratio"
     if coordinate not in COORDINATES:
         raise choose("coordinate of solver 'heun',", coordinate, COORDINATES)
     table = []
-    for step, (t, s) in enumerate(zip(times, times[1:])):
+    for step, (t, s) in enumerate(itertools.pairwise(times)):
         of_x, of_denoised = rows.jump(schedule, t, s)
         if is_clean(schedule, s):
             table.append(Row(t, s, {"x": {"x": of_x, "D": of_denoised}}, step))

@@ -43,8 +43,8 @@ def step(
 ) -> Tensor:
     """x_s from x_t by one step, t and s [B]; `denoise(x, t)` gives x0_hat. Differentiable in everything.
 
-    heun evaluates twice, in sigma/alpha (in flow's own coordinate on the flow schedule); where sigma(s) = 0 it is Euler's step, and
-    the second evaluation's answer, taken at t there, has no weight.
+    heun evaluates twice, in sigma/alpha (in flow's own coordinate on the flow schedule); where sigma(s) = 0 it is
+    Euler's step, and the second evaluation's answer, taken at t there, has no weight.
     """
     if solver not in STEPS:
         raise choose("one-step solver", solver, STEPS)

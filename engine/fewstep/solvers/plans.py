@@ -1,9 +1,10 @@
-"""A sampler as data: a `Plan` is a list of `Stage`s, each a network evaluation and a matrix, computed once in float64.
+"""A sampler as data: a `Plan` is a list of `Stage`s, each a network evaluation and a matrix, computed once in
+float64.
 
-A stage calls the network on the scaled x, then maps its inputs to its outputs: outputs = matrix @ inputs. The registers are
-"x" (the state), "base" (a kept state), "d0", "d1", .. (slots of a ring of past clean-sample estimates), the network's columns
-"cond" and "uncond", "noise" (unit noise, always the last input), and the output "input" (what the next network call
-reads, already scaled).
+A stage calls the network on the scaled x, then maps its inputs to its outputs: outputs = matrix @ inputs. The registers
+are "x" (the state), "base" (a kept state), "d0", "d1", .. (slots of a ring of past clean-sample estimates), the
+network's columns "cond" and "uncond", "noise" (unit noise, always the last input), and the output "input" (what the
+next network call reads, already scaled).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ FORMAT = "fewstep.plan/1"
 class Stage:
     """One network evaluation at `time` and the linear map towards `target`.
 
-    `noise` is 0, or k >= 1 for the k-th stochastic stage (its Philox stream, and its place in carried noise); `nonlinear` names
-    a pointwise part between network and map (none of today's solvers has one).
+    `noise` is 0, or k >= 1 for the k-th stochastic stage (its Philox stream, and its place in carried noise);
+    `nonlinear` names a pointwise part between network and map (none of today's solvers has one).
     """
 
     time: float
@@ -55,8 +56,9 @@ class Stage:
 class Plan:
     """A compiled sampler. Equal plans hold bit-equal numbers; `Plan.from_json(plan.to_json()) == plan`.
 
-    `options` are the keywords `plan()` was called with besides prediction and guidance, so that
-    `plan(p.solver, p.schedule, steps, prediction=p.prediction, guidance=p.guidance, **p.options)` builds the same sampler for other steps.
+    `options` are the keywords `plan()` was called with besides prediction and guidance, so that `plan(p.solver,
+    p.schedule, steps, prediction=p.prediction, guidance=p.guidance, **p.options)` builds the same sampler for other
+    steps.
     """
 
     solver: str
@@ -131,10 +133,12 @@ class Plan:
 
     def __str__(self) -> str:
         """A readable table: one line a stage, coefficients to four digits."""
-        options = ", ".join(f"{key}={value}" for key, value in self.options.items() if value is not None)
+        options = (
+            ", ".join(f"{key}={value}" for key, value in self.options.items() if value is not None) or "default grid"
+        )
         head = (
-            f"{self.solver} on {self.schedule.name} ({options}); prediction {self.prediction.kind}; "
-            f"{self.evaluations} evaluations, {self.stochastic_stages} with noise; starts at {self.initial_scale:.6g} * noise"
+            f"{self.solver} on {self.schedule.name} ({options}), prediction {self.prediction.kind}; "
+            f"{self.evaluations} evaluations, {self.stochastic_stages} with noise; starts at {self.initial_scale:.6g}"
         )
         lines = [head, f"{'':>3} {'time':>10} {'target':>10} {'tau':>10} {'net time':>10} {'scale':>9} {'w':>5}  map"]
         for number, stage in enumerate(self.stages):
@@ -166,8 +170,8 @@ def _stage(data: Mapping[str, Any]) -> Stage:
 class Row:
     """One evaluation as a solver family writes it, in terms of the clean-sample estimate "D" of this evaluation.
 
-    `outputs` maps "x", "base" or a history slot ("d0", "d1", ..) to coefficients on "x", "base", "D", past slots and "noise".
-    `step` is the step of the grid it belongs to (guidance is chosen by step).
+    `outputs` maps "x", "base" or a history slot ("d0", "d1", ..) to coefficients on "x", "base", "D", past slots and
+    "noise". `step` is the step of the grid it belongs to (guidance is chosen by step).
     """
 
     time: float
@@ -186,8 +190,9 @@ def compiled(
     initial_scale: float,
     options: Mapping[str, Any],
 ) -> Plan:
-    """Rows in D to a plan on raw network outputs: D = c_x x + c_out (w cond + (1 - w) uncond) is folded in, outputs that
-    nothing reads are dropped, and the next network input's scaling becomes one more row."""
+    """Rows in D to a plan on raw network outputs: D = c_x x + c_out (w cond + (1 - w) uncond) is folded in, outputs
+    that nothing reads are dropped, and the next network input's scaling becomes one more row.
+    """
     stages: list[Stage] = []
     streams = 0
     scales = [float(prediction.input_scale(schedule, row.time)) for row in rows]

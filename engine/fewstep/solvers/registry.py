@@ -31,7 +31,8 @@ _SOLVERS: dict[str, Solver] = {}
 def register(name: str, summary: str, zero: str | None = None) -> Callable[[Family], Family]:
     """Makes `family(schedule, times, **options) -> rows` the solver called `name`.
 
-    `zero` is how its default grids meet the clean end (see grids). A keyword called `prediction` receives the prediction type.
+    `zero` is how its default grids meet the clean end (see grids). A keyword called `prediction` receives the
+    prediction type.
     """
 
     def add(family: Family) -> Family:
@@ -64,10 +65,10 @@ def plan(
 ) -> Plan:
     """Compiles solver `name` to a `Plan`.
 
-    `grid` is a name, {"name": name, option: value}, a list of steps + 1 times, or None for the default. A rising list inverts:
-    it takes a state at its first time. `guidance` is w in uncond + w (cond - uncond), for all steps or one per step.
-    `initial_scale` is what the executor multiplies the standard normal start by: sigma at the first time unless given.
-    Raises UserError for anything it does not know.
+    `grid` is a name, {"name": name, option: value}, a list of steps + 1 times, or None for the default. A rising list
+    inverts: it takes a state at its first time. `guidance` is w in uncond + w (cond - uncond), for all steps or one per
+    step. `initial_scale` is what the executor multiplies the standard normal start by: sigma at the first time unless
+    given. Raises UserError for anything it does not know.
     """
     if name not in _SOLVERS:
         raise choose("solver", name, _SOLVERS)

@@ -1,7 +1,7 @@
 """The coefficients of one solver update, for times that are floats (plans) or tensors [B] (methods).
 
-x' = k_x x + k_D D_0 + ..., with D the clean-sample estimate. These hold for any (alpha, sigma). A target with sigma = 0 is
-legal everywhere: the row is then x' = alpha' D_0.
+x' = k_x x + k_D D_0 + ..., with D the clean-sample estimate. These hold for any (alpha, sigma). A target with sigma = 0
+is legal everywhere: the row is then x' = alpha' D_0.
 """
 
 from __future__ import annotations
