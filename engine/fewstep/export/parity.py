@@ -1,0 +1,80 @@
+"""Does an exported graph draw the same images as PyTorch, whatever the batch?"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.runtime.onnx import OnnxSampler
+from fewstep.runtime.student import Student, load
+
+TOLERANCE = 1e-4  # two runtimes in float32 differ by rounding, about 1e-6 for each evaluation
+BATCH_TOLERANCE = 1e-5  # one runtime at two batch sizes: the same sums in another order
+
+
+class ParityError(UserError):
+    """An exported graph that does not draw the artefact's images."""
+
+
+def check_parity(
+    model: str | os.PathLike[str],
+    artefact: str | os.PathLike[str] | Student,
+    steps: int | None = None,
+    *,
+    guidance: float | None = None,
+    seeds: int = 64,
+    tolerance: float = TOLERANCE,
+) -> dict[str, Any]:
+    """Compare the graph in ONNX Runtime with PyTorch on `seeds` seeds, and its batch 1 with its batch 16.
+
+    Returns seeds, max_abs_error, max_batch_difference, the two tolerances and onnxruntime's version.
+    Raises ParityError where a difference is above its tolerance or the graph was exported from another plan.
+    """
+    student = artefact if isinstance(artefact, Student) else load(artefact)
+    plan = student.plan(steps, guidance)
+    graph = OnnxSampler(model)
+    if graph.metadata.get("fewstep.plan") != plan.to_json():
+        raise ParityError(
+            f"{str(model)!r} holds another plan than the artefact's {plan.evaluations} evaluations; export it again."
+        )
+    if graph.metadata.get("fewstep.artefact") != student.artefact.digest:
+        raise ParityError(f"{str(model)!r} was exported from another artefact; export it again.")
+    chosen = torch.arange(seeds, dtype=torch.int64)
+    noise = student.noise(chosen.to(student.device), plan)
+    condition = None if student.classes is None else (chosen % student.classes).to(student.device)
+    expected = student.sample(noise, condition, steps, guidance=guidance).cpu()
+    got = graph(noise, condition)
+    error = _largest(got, expected)
+    few = slice(0, 16)
+    each = [slice(i, i + 1) for i in range(min(16, seeds))]
+    alone = torch.cat([graph(noise[one], None if condition is None else condition[one]) for one in each])
+    batch_difference = _largest(alone, graph(noise[few], None if condition is None else condition[few]))
+    if not error <= tolerance:
+        raise ParityError(
+            f"{str(model)!r} differs from PyTorch by {error:.2e} on {seeds} seeds, at most {tolerance:.0e} is allowed."
+        )
+    if not batch_difference <= BATCH_TOLERANCE:
+        raise ParityError(
+            f"{str(model)!r} differs by {batch_difference:.2e} between batch 1 and 16, at most {BATCH_TOLERANCE:.0e} "
+            "is allowed."
+        )
+    import onnxruntime
+
+    return {
+        "seeds": seeds,
+        "max_abs_error": error,
+        "tolerance": tolerance,
+        "max_batch_difference": batch_difference,
+        "batch_tolerance": BATCH_TOLERANCE,
+        "evaluations": plan.evaluations,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def _largest(left: Tensor, right: Tensor) -> float:
+    """Largest absolute difference; NaN where either holds one, which no tolerance passes."""
+    return float((left.double() - right.double()).abs().max())

@@ -1,0 +1,156 @@
+"""Running a sampler in ONNX Runtime: network and solver become ONE graph of standard ONNX operators.
+
+    noise      float32 [B, 1 + S, C, H, W]   standard normal: the start, then one slot for each stochastic stage
+    condition  int64 [B]                     a class, or the number of classes for none; absent without classes
+    image      float32 [B, C, H, W]
+
+B is free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from fewstep.errors import UserError
+from fewstep.runtime.sampler import Sampler
+from fewstep.runtime.student import Student
+from fewstep.solvers import Plan
+
+OPSET = 20
+LARGEST_BATCH = 65536
+
+
+class OnnxSampler:
+    """An exported graph in ONNX Runtime on the CPU. UserError where the package or the file is missing or unfit."""
+
+    def __init__(self, model: str | os.PathLike[str], threads: int | None = None) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise UserError("running an ONNX graph needs a package: pip install onnxruntime.") from error
+        if not Path(model).is_file():
+            raise UserError(f"there is no ONNX file {str(model)!r}; write one with fewstep export --onnx.")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        try:
+            self.session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions share no base class of their own
+            reason = str(error).splitlines()[0]
+            raise UserError(f"ONNX Runtime cannot load {str(model)!r} ({reason}); export it again.") from error
+        self.inputs = [value.name for value in self.session.get_inputs()]
+        self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
+
+    def __call__(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Images [B, C, H, W] on the CPU."""
+        feed = {"noise": noise.detach().cpu().numpy()}
+        if "condition" in self.inputs:
+            if condition is None:
+                raise UserError("this ONNX graph needs a class for each image; give condition.")
+            feed["condition"] = condition.cpu().numpy()
+        return torch.from_numpy(self.session.run(["image"], feed)[0])
+
+
+class OnnxNetwork(nn.Module):
+    """A network whose evaluations run in ONNX Runtime, for plans too long to unroll: any executor can drive it."""
+
+    def __init__(self, network: nn.Module, model: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self.null = network.null
+        self.graph = OnnxSampler(model)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        feed = {"x": x, "t": t, "cond": cond}
+        arrays = {name: feed[name].detach().cpu().numpy() for name in self.graph.inputs}  # type: ignore[union-attr]
+        return torch.from_numpy(self.graph.session.run(None, arrays)[0]).to(x.device)
+
+
+def convert(student: Student, plan: Plan) -> Any:
+    """The sampler as a `torch.onnx.ONNXProgram` of opset 20.
+
+    Raises UserError where the exporter's packages are missing or the program holds an operator that ONNX does not know.
+    """
+    names = ["noise"] if student.classes is None else ["noise", "condition"]
+    return _converted(exported_program(student, plan), names, "image")
+
+
+def convert_network(student: Student) -> Any:
+    """The bare network, `x` [B, C, H, W], `t` [B], int64 `cond` [B] to `output`, as a `torch.onnx.ONNXProgram`."""
+    batch = Dim("batch", min=1, max=LARGEST_BATCH)
+    arguments = {
+        "x": torch.zeros((2, *student.image_shape), device=student.device),
+        "t": torch.zeros(2, device=student.device),
+    }
+    if student.classes is not None:
+        arguments["cond"] = torch.zeros(2, dtype=torch.int64, device=student.device)
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(
+            student.denoiser.net, (), arguments, dynamic_shapes={name: {0: batch} for name in arguments}
+        )
+    return _converted(program, list(arguments), "output")
+
+
+def _converted(program: ExportedProgram, names: list[str], output: str) -> Any:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError("ONNX export needs two packages: pip install onnx onnxscript.") from error
+    opaque = opaque_operators(program)
+    if opaque:
+        raise UserError(f"the operators {', '.join(opaque)} do not exist in ONNX; build the network from torch's own.")
+    with _quiet():
+        return torch.onnx.export(
+            program, dynamo=True, opset_version=OPSET, input_names=names, output_names=[output], verbose=False
+        )
+
+
+def exported_program(student: Student, plan: Plan) -> ExportedProgram:
+    """The sampler as a torch.export program with a free batch."""
+    batch = Dim("batch", min=1, max=LARGEST_BATCH)
+    inputs = [torch.zeros((2, 1 + plan.stochastic_stages, *student.image_shape), device=student.device)]
+    if student.classes is not None:
+        inputs.append(torch.zeros(2, dtype=torch.int64, device=student.device))
+    free: dict[str, Any] = {"noise": {0: batch}, "condition": {0: batch} if len(inputs) == 2 else None, "seeds": None}
+    arguments = dict(zip(free, inputs))
+    sampler = Sampler(student.denoiser, plan).eval()
+    with torch.no_grad(), _quiet():
+        return torch.export.export(sampler, (), arguments, dynamic_shapes={name: free[name] for name in arguments})
+
+
+def opaque_operators(program: ExportedProgram) -> list[str]:
+    """Names of operators in the program (its sub-graphs too) that are not torch's own: there must be none."""
+    targets = {
+        node.target
+        for module in program.graph_module.modules()
+        if isinstance(module, torch.fx.GraphModule)
+        for node in module.graph.nodes
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+    }
+    return sorted(str(target) for target in targets if target.namespace not in {"aten", "prim"})
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter talks on stdout, in its log and in warnings about packages that are not needed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,199 @@
+"""The sampler that a user holds: an artefact, ready to draw images from seeds."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fewstep_kernels as fk
+from fewstep import artefact as artefacts
+from fewstep import solvers
+from fewstep.artefact import Artefact
+from fewstep.errors import UserError
+from fewstep.runtime.sampler import Sampler
+from fewstep.solvers import Plan
+
+LARGEST_SEED = 2**63 - 1
+MOST_STEPS = 1000
+TEACHER_SOLVER = "heun"  # where a teacher's artefact records no plan
+
+
+def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Student:
+    """A student or teacher from its artefact folder, on `device`; UserError where the folder is damaged or missing."""
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {str(device)!r} is not available here; use 'cpu' or check your driver.") from error
+    return Student(artefacts.load(path, device))
+
+
+class Student:
+    """Draws images from an artefact. A teacher's artefact samples with any number of steps and guidance scale.
+
+    Each sample's noise is Philox keyed by its own seed, so a seed gives the same image whatever the batch.
+    Calls from several threads take turns.
+    """
+
+    def __init__(self, artefact: Artefact) -> None:
+        self.artefact = artefact
+        self._plans: dict[tuple[int, float | None], Plan] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def denoiser(self) -> Any:
+        return self.artefact.denoiser
+
+    @property
+    def kind(self) -> str:
+        return self.artefact.kind
+
+    @property
+    def classes(self) -> int | None:
+        return self.artefact.classes
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W)."""
+        return self.artefact.image_shape
+
+    @property
+    def steps_offered(self) -> tuple[int, ...]:
+        """The numbers of steps with a recorded plan; a teacher takes any other number too."""
+        return tuple(sorted(self.artefact.plans))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    def plan(self, steps: int | None = None, guidance: float | None = None) -> Plan:
+        """The plan for `steps` (default: the most that are recorded); built on demand for a teacher.
+
+        A guidance of None means what the recorded plan has; 1.0 means conditional only.
+        """
+        recorded = self.artefact.plans
+        if steps is None:
+            if not recorded:
+                raise UserError("this artefact records no plan; say how many steps.")
+            steps = max(recorded)
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
+            raise UserError(f"steps is {steps!r}, it must be a whole number from 1 to {MOST_STEPS}.")
+        if guidance is not None and not (isinstance(guidance, int | float) and abs(guidance) <= 100.0):
+            raise UserError(f"guidance is {guidance!r}, it must be a number from -100 to 100.")
+        if steps in recorded and (guidance is None or guidance == (recorded[steps].guidance or 1.0)):
+            return recorded[steps]
+        if self.kind != "teacher":
+            offered = ", ".join(str(number) for number in self.steps_offered)
+            if steps not in recorded:
+                raise UserError(f"steps is {steps}, this student was distilled for: {offered}.")
+            raise UserError(f"guidance is {guidance}, but this student has its guidance inside; leave guidance out.")
+        if guidance is not None and guidance != 1.0 and self.classes is None:
+            raise UserError(f"guidance is {guidance}, but this teacher knows no classes; leave guidance out.")
+        key = (steps, guidance)
+        if key not in self._plans:
+            self._plans[key] = self._build(steps, guidance)
+        return self._plans[key]
+
+    def _build(self, steps: int, guidance: float | None) -> Plan:
+        """The recorded solver and options (the nearest plan's) at another number of steps or guidance scale."""
+        recorded = self.artefact.plans
+        pattern = recorded[min(recorded, key=lambda number: (abs(number - steps), number))] if recorded else None
+        scale = pattern.guidance if guidance is None and pattern is not None else guidance
+        options = dict(pattern.options) if pattern is not None else {}
+        if isinstance(options.get("grid"), list) and options.get("steps") != steps:
+            offered = ", ".join(map(str, self.steps_offered))
+            raise UserError(
+                f"steps is {steps}, but this teacher records its own times, for these steps only: {offered}."
+            )
+        options.pop("steps", None)
+        return solvers.plan(
+            pattern.solver if pattern is not None else TEACHER_SOLVER,
+            self.denoiser.schedule,
+            steps,
+            prediction=self.denoiser.prediction,
+            guidance=None if scale == 1.0 else scale,
+            **options,
+        )
+
+    def noise(self, seeds: Tensor, plan: Plan | None = None) -> Tensor:
+        """Standard normal noise of int64 seeds [B]: [B, C, H, W], or [B, 1 + S, C, H, W] for all stages of `plan`."""
+        if plan is None:
+            return fk.normal(seeds, self.image_shape, stream=0)
+        streams = range(1 + plan.stochastic_stages)
+        return torch.stack([fk.normal(seeds, self.image_shape, stream=stream) for stream in streams], dim=1)
+
+    def sample(
+        self,
+        n_or_noise: int | Tensor | None = None,
+        cond: int | Sequence[int] | Tensor | None = None,
+        steps: int | None = None,
+        seeds: int | Sequence[int] | Tensor | None = None,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """Draw images [B, C, H, W], about [-1, 1], on the artefact's device.
+
+        n_or_noise: how many, or standard normal noise [B, C, H, W] or [B, 1 + S, C, H, W]; may be left out with seeds.
+        cond: a class, one for each image, or None for no condition.
+        seeds: int64 [B]; one int means seed, seed + 1, ...; None draws them from torch's generator.
+        """
+        plan = self.plan(steps, guidance)
+        batch, noise = self._start(n_or_noise, seeds, plan)
+        chosen = self._seeds(seeds, batch)
+        condition = self._condition(cond, batch)
+        if condition is None and plan.guidance is not None:
+            raise UserError("guidance needs a class for each image; give cond or leave guidance out.")
+        with torch.no_grad(), self._lock:
+            start = self.noise(chosen) if noise is None else noise
+            stage_seeds = chosen if start.ndim == len(self.image_shape) + 1 else None
+            return Sampler(self.denoiser, plan)(start, condition, stage_seeds)
+
+    def _start(self, n_or_noise: int | Tensor | None, seeds: Any, plan: Plan) -> tuple[int, Tensor | None]:
+        if isinstance(n_or_noise, Tensor):
+            single, every = self.image_shape, (1 + plan.stochastic_stages, *self.image_shape)
+            if tuple(n_or_noise.shape[1:]) not in {single, every} or n_or_noise.shape[0] < 1:
+                raise UserError(
+                    f"noise has shape {list(n_or_noise.shape)}, it must be [B, {', '.join(map(str, single))}] "
+                    f"or [B, {', '.join(map(str, every))}]."
+                )
+            return n_or_noise.shape[0], n_or_noise.to(self.device, torch.float32)
+        if n_or_noise is None and seeds is not None:
+            return (len(list(seeds)) if isinstance(seeds, Iterable) else 1), None
+        if isinstance(n_or_noise, bool) or not isinstance(n_or_noise, int) or n_or_noise < 1:
+            raise UserError(f"n is {n_or_noise!r}, it must be a whole number of images from 1.")
+        return n_or_noise, None
+
+    def _seeds(self, seeds: int | Sequence[int] | Tensor | None, batch: int) -> Tensor:
+        if seeds is None:
+            return torch.randint(LARGEST_SEED, (batch,)).to(self.device)
+        if isinstance(seeds, Tensor):
+            given = seeds.flatten().tolist()
+        elif isinstance(seeds, Iterable):
+            given = list(seeds)
+        else:
+            given = list(range(seeds, seeds + batch)) if type(seeds) is int else [seeds] * batch
+        for seed in given:
+            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
+                raise UserError(f"seed {seed!r} is not a whole number from 0 to 2^63 - 1.")
+        if len(given) != batch:
+            raise UserError(f"there are {len(given)} seeds for {batch} images; give one seed for each image.")
+        return torch.tensor(given, dtype=torch.int64, device=self.device)
+
+    def _condition(self, cond: int | Sequence[int] | Tensor | None, batch: int) -> Tensor | None:
+        if cond is None:
+            return None
+        if self.classes is None:
+            raise UserError(f"cond is {cond!r}, but this artefact knows no classes; leave cond out.")
+        if isinstance(cond, Tensor):
+            cond = cond.flatten().tolist()
+        labels = list(cond) if isinstance(cond, Iterable) else [cond] * batch
+        for label in labels:
+            if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < self.classes:
+                raise UserError(f"class {label!r} is out of range; choose a whole number from 0 to {self.classes - 1}.")
+        if len(labels) != batch:
+            raise UserError(f"there are {len(labels)} classes for {batch} images; give one class for each image.")
+        return torch.tensor(labels, dtype=torch.int64, device=self.device)

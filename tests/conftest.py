@@ -1,0 +1,60 @@
+"""Artefacts with random weights, small enough to run everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep import artefact, nets, solvers
+from fewstep.diffusion import schedules
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.prediction import Prediction
+
+SHAPE = (1, 8, 8)
+CLASSES = 10
+
+
+def tiny_denoiser(boundary: float | None = None) -> Denoiser:
+    """A class-conditional EDM denoiser whose weights are all random (a fresh net's last layer is zero)."""
+    net = nets.build({"name": "mlp", "dim": 64, "width": 64, "depth": 2, "classes": CLASSES})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return Denoiser(net, schedules.get("edm"), Prediction("edm", sigma_data=0.5, boundary=boundary))
+
+
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A multistep consistency student for 1, 2 and 4 steps."""
+    denoiser = tiny_denoiser(boundary=0.002)
+    plans = {
+        steps: solvers.plan("consistency", denoiser.schedule, steps, prediction=denoiser.prediction)
+        for steps in (1, 2, 4)
+    }
+    return artefact.save(
+        tmp_path_factory.mktemp("artefacts") / "student",
+        denoiser=denoiser,
+        plans=plans,
+        image_shape=SHAPE,
+        classes=CLASSES,
+        provenance={"method": "none", "seed": 0},
+    )
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher that records Euler at 8 steps."""
+    denoiser = tiny_denoiser()
+    plan = solvers.plan("euler", denoiser.schedule, 8, prediction=denoiser.prediction)
+    return artefact.save(
+        tmp_path_factory.mktemp("artefacts") / "teacher",
+        denoiser=denoiser,
+        plans={8: plan},
+        image_shape=SHAPE,
+        classes=CLASSES,
+        provenance={"method": "denoising"},
+        kind="teacher",
+    )

@@ -1,0 +1,147 @@
+"""An artefact comes back as it was saved, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep import artefact
+from fewstep.errors import UserError
+
+
+@pytest.fixture
+def folder(student_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(student_folder, tmp_path / "copy"))
+
+
+def refuse(folder: Path, *words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        artefact.load(folder)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and sentence.endswith(".")
+    for word in words:
+        assert word in sentence
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    """Change manifest entries as a careful forger would: with a matching digest."""
+    content = json.loads((folder / "artefact.json").read_text())
+    content.update(changes)
+    del content["sha256"]
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    (folder / "artefact.json").write_text(json.dumps({**content, "sha256": hashlib.sha256(canonical).hexdigest()}))
+
+
+def save_again(loaded: artefact.Artefact, path: Path, **changes: object) -> Path:
+    facts = {
+        "denoiser": loaded.denoiser,
+        "plans": loaded.plans,
+        "image_shape": loaded.image_shape,
+        "classes": loaded.classes,
+        "provenance": loaded.provenance,
+    }
+    return artefact.save(path, **{**facts, **changes})  # type: ignore[arg-type]
+
+
+def test_everything_comes_back_bit_for_bit(student_folder, tmp_path):
+    first = artefact.load(student_folder)
+    again = artefact.load(save_again(first, tmp_path / "again"))
+    assert again.plans == first.plans and sorted(again.plans) == [1, 2, 4]
+    assert (again.image_shape, again.classes, again.provenance, again.kind) == (
+        (1, 8, 8),
+        10,
+        {"method": "none", "seed": 0},
+        "student",
+    )
+    assert again.denoiser.schedule == first.denoiser.schedule
+    assert again.denoiser.prediction == first.denoiser.prediction
+    for name, value in first.denoiser.net.state_dict().items():
+        assert torch.equal(value, again.denoiser.net.state_dict()[name]), name
+    assert again.digest == first.digest
+
+
+def test_a_loaded_network_is_frozen_and_in_eval_mode(student_folder):
+    denoiser = artefact.load(student_folder).denoiser
+    assert not denoiser.training
+    assert not any(parameter.requires_grad for parameter in denoiser.parameters())
+
+
+def test_saving_keeps_a_runs_other_files_and_leaves_no_partial_ones(folder):
+    (folder / "log.jsonl").write_text("{}\n")
+    save_again(artefact.load(folder), folder, provenance={"round": 2})
+    assert sorted(file.name for file in folder.iterdir()) == ["artefact.json", "log.jsonl", "weights.safetensors"]
+    assert artefact.load(folder).provenance == {"round": 2}
+
+
+def test_a_failed_save_leaves_the_old_artefact(folder):
+    loaded = artefact.load(folder)
+    with pytest.raises(UserError, match="cannot be stored as JSON"):
+        save_again(loaded, folder, provenance={"score": object()})
+    assert artefact.load(folder).digest == loaded.digest
+    assert sorted(file.name for file in folder.iterdir()) == ["artefact.json", "weights.safetensors"]
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "artefact.json"])
+@pytest.mark.parametrize("place", [0.02, 0.5, 0.98])
+def test_a_flipped_byte_is_refused(folder, file, place):
+    content = bytearray((folder / file).read_bytes())
+    content[int(len(content) * place)] ^= 0x01
+    (folder / file).write_bytes(bytes(content))
+    refuse(folder, file)
+
+
+def test_a_cut_off_file_is_refused(folder):
+    weights = folder / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refuse(folder, "weights.safetensors", "damaged")
+
+
+def test_a_missing_folder_file_or_manifest_is_named(folder, tmp_path):
+    refuse(tmp_path / "nowhere", "nowhere")
+    (folder / "weights.safetensors").unlink()
+    refuse(folder, "weights.safetensors", "lacks")
+    (folder / "artefact.json").unlink()
+    refuse(folder, "artefact.json")
+
+
+def test_an_unknown_format_version_is_refused(folder):
+    rewrite(folder, version=99)
+    refuse(folder, "99", "version 1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"network": {"name": "os.system", "command": "true"}}, "os.system"),
+        ({"network": {"name": "mlp", "dim": 64, "widthh": 8}}, "widthh"),
+        ({"network": {"name": "mlp", "dim": 64, "width": 16}}, "weights"),
+        ({"schedule": {"name": "edn"}}, "edn"),
+        ({"classes": "ten"}, "classes"),
+        ({"surprise": 1}, "surprise"),
+        ({"files": {"../weights.safetensors": {"sha256": "0" * 64, "bytes": 1}}}, "outside"),
+        ({"plans": {"1": {"format": "other"}}}, "other"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_refused(folder, changes, word):
+    rewrite(folder, **changes)
+    refuse(folder, word)
+
+
+def test_pickled_weights_are_never_opened(folder):
+    torch.save({"weight": torch.zeros(1)}, folder / "weights.safetensors")
+    content = (folder / "weights.safetensors").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    rewrite(folder, files={"weights.safetensors": {"sha256": digest, "bytes": len(content)}})
+    refuse(folder, "weights")
+
+
+def test_an_unwritable_path_is_one_sentence(student_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write the artefact to .*file/run") as caught:
+        save_again(artefact.load(student_folder), tmp_path / "file" / "run")
+    assert "\n" not in str(caught.value)
