@@ -1,0 +1,27 @@
+"""One rank of a run that `fewstep` launched itself: `python -m fewstep.train recipe.json [--resume]`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from fewstep import config
+from fewstep.errors import UserError
+from fewstep.train import train
+
+
+def main(arguments: list[str]) -> int:
+    recipe = config.from_dict(json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
+    try:
+        train(recipe, resume="--resume" in arguments[1:])
+    except UserError as error:
+        if os.environ.get("RANK") == "0":
+            print(f"fewstep: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
