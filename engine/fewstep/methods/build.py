@@ -1,0 +1,75 @@
+"""The modules of a method's networks, from their declarations."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+from torch import nn
+
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.errors import UserError, choose
+from fewstep.methods.base import Method, NetworkSpec
+from fewstep.nets.read_out import read_out
+
+
+def build(
+    method: Method, teacher: Denoiser | None = None, network: Callable[[], nn.Module] | None = None
+) -> dict[str, nn.Module]:
+    """{name: module} for every network of `method`, in the order of declaration; the teacher is not among them.
+
+    `network` makes the bare network of the recipe with fresh weights, for start="random"; without it "random" means the
+    teacher's architecture with fresh weights. Averages come without trained parameters. `method.schedule` and
+    `method.prediction` must be set. Raises `UserError` where the declaration asks for what is not there.
+    """
+    built: dict[str, nn.Module] = {} if teacher is None else {"teacher": teacher}
+    for name, spec in method.networks.items():
+        module = _module(method, name, spec, built, network)
+        module.requires_grad_(spec.average is None)
+        module.train(spec.average is None or module.training)
+        built[name] = module
+    return {name: module for name, module in built.items() if name != "teacher"}
+
+
+def _module(
+    method: Method,
+    name: str,
+    spec: NetworkSpec,
+    built: dict[str, nn.Module],
+    network: Callable[[], nn.Module] | None,
+) -> nn.Module:
+    if spec.average is not None:
+        if spec.start not in method.networks:
+            raise choose(f"network that {name!r} averages", spec.start, method.networks)
+        return copy.deepcopy(built[spec.start])
+    if not isinstance(spec.start, str):
+        net = spec.start(built)
+    elif spec.start == "random":
+        net = _fresh(name, built, network)
+    elif spec.start in built:
+        net = copy.deepcopy(_bare(built[spec.start]))
+    elif spec.start == "teacher":
+        raise UserError(
+            f"network {name!r} starts from a teacher and the recipe names none; set `teacher:` to an artefact."
+        )
+    else:
+        raise choose(f"start of network {name!r}", spec.start, ["teacher", "random", *built])
+    return read_out(spec.read_out, net, method.schedule, method.prediction, spec.inputs)
+
+
+def _fresh(name: str, built: dict[str, nn.Module], network: Callable[[], nn.Module] | None) -> nn.Module:
+    if network is not None:
+        return network()
+    config = getattr(_bare(built["teacher"]), "config", None) if "teacher" in built else None
+    if config is None:
+        raise UserError(
+            f"network {name!r} starts from fresh weights and the recipe describes none; give a `network:` section."
+        )
+    from fewstep import nets
+
+    return nets.build(config)
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    inner = getattr(module, "net", module)
+    return inner if isinstance(inner, nn.Module) else module
