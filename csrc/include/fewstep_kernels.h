@@ -56,7 +56,7 @@ const char *fewstep_cpu_instructions(void); /* "avx512", "avx2" or "baseline": c
 int fewstep_cpu_abi(void);
 
 /* The same on a CUDA device: every pointer inside tensors and coefficients is a device address; tables are read on the host.
- * Launched on stream; nothing synchronises. Noise as on the CPU. At most 16 inputs and 8 outputs. */
+ * Launched on stream; nothing synchronises. Noise as on the CPU. lincomb takes at most 16 inputs and 4 outputs. */
 int fewstep_cuda_lincomb(int64_t inputs, int64_t outputs, int64_t batch, int64_t count, const fewstep_tensor *tensors,
                          const fewstep_coefficients *coefficients, const int64_t *seeds, int64_t noise_stream, void *stream);
 int fewstep_cuda_normal(const int64_t *seeds, int64_t batch, int64_t count, int64_t noise_stream, void *out, int64_t dtype, void *stream);

@@ -26,8 +26,8 @@ try:
 except ImportError:
     triton = None
 
-_FLOATS = tuple(native.DTYPES)
-MOST = {"cpu": (64, 64), "cuda": (16, 8), "triton": (32, 16)}  # inputs and outputs a backend takes; beyond, the reference
+_FLOATS = tuple(native.DTYPES)  # in the order of their codes
+MOST = {"cpu": (64, 64), "cuda": (16, 4), "triton": (32, 16)}  # inputs and outputs a backend takes; beyond, the reference
 
 
 def _wide(inputs: Sequence[Tensor]) -> torch.dtype:
@@ -174,18 +174,18 @@ def _fill(
             y.copy_(written)
 
 
-def _empty(inputs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    return [torch.empty_like(inputs[0], dtype=dtype) for dtype in dtypes]
+def _empty(inputs: Sequence[Tensor], codes: Sequence[int]) -> list[Tensor]:
+    return [torch.empty_like(inputs[0], dtype=_FLOATS[code]) for code in codes]
 
 
-def _lincomb(inputs, coefficients, seeds, stream, dtypes):
-    outputs = _empty(inputs, dtypes)
+def _lincomb(inputs, coefficients, seeds, stream, codes):
+    outputs = _empty(inputs, codes)
     _fill(inputs, coefficients, seeds, stream, outputs)
     return outputs
 
 
 _raw = registration.define(
-    "_lincomb(Tensor[] inputs, Tensor coefficients, Tensor? seeds, int stream, ScalarType[] dtypes) -> Tensor[]",
+    "_lincomb(Tensor[] inputs, Tensor coefficients, Tensor? seeds, int stream, int[] dtypes) -> Tensor[]",
     _lincomb,
     lambda inputs, coefficients, seeds, stream, dtypes: _empty(inputs, dtypes),
 )
@@ -201,7 +201,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(coefficients, seeds, stream, dtypes, *inputs):
-        return tuple(_raw(inputs, coefficients, seeds, stream, dtypes))
+        return tuple(_raw(inputs, coefficients, seeds, stream, [native.DTYPES[dtype] for dtype in dtypes]))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -365,4 +365,5 @@ def lincomb(
         return tuple(out)
     if registration.differentiating((*inputs, coefficients)):
         return _differentiable()(coefficients, noise_seeds, noise_stream, tuple(dtypes), *inputs)
-    return tuple(_raw(list(inputs), coefficients, noise_seeds, noise_stream, list(dtypes)))
+    codes = [native.DTYPES[dtype] for dtype in dtypes]
+    return tuple(_raw(list(inputs), coefficients, noise_seeds, noise_stream, codes))

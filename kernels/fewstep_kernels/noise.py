@@ -115,25 +115,26 @@ def uniform_reference(seeds: Tensor, count: int, stream: int, dtype: torch.dtype
 
 
 if triton is not None:
-    _TRITON_ATANH = tl.constexpr(_ATANH)
-    _TRITON_SINE = tl.constexpr(_SINE)
-    _TRITON_COSINE = tl.constexpr(_COSINE)
 
     @triton.jit
-    def _triton_polynomial(x, COEFFICIENTS: tl.constexpr):
-        total = x * COEFFICIENTS[0] + COEFFICIENTS[1]
-        for i in tl.static_range(2, len(COEFFICIENTS)):
-            total = total * x + COEFFICIENTS[i]
+    def _triton_polynomial(x, coefficients):
+        total = x * coefficients[0] + coefficients[1]
+        for i in tl.static_range(2, len(coefficients)):
+            total = total * x + coefficients[i]
         return total
 
     @triton.jit
     def _triton_box_muller(radius_word, turn_word):
+        # The jit takes no tuples from outside: these are _ATANH, _SINE and _COSINE written out.
+        atanh = (1 / 23, 1 / 21, 1 / 19, 1 / 17, 1 / 15, 1 / 13, 1 / 11, 1 / 9, 1 / 7, 1 / 5, 1 / 3, 1.0)
+        sines = (1 / 355687428096000, -1 / 1307674368000, 1 / 6227020800, -1 / 39916800, 1 / 362880, -1 / 5040, 1 / 120, -1 / 6, 1.0)
+        cosines = (-1 / 6402373705728000, 1 / 20922789888000, -1 / 87178291200, 1 / 479001600, -1 / 3628800, 1 / 40320, -1 / 720, 1 / 24, -1 / 2, 1.0)
         u = (radius_word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
         bits = u.to(tl.int64, bitcast=True)
         exponent = (bits - 0x3FE6A09E667F3BCD) >> 52
         mantissa = (bits - (exponent << 52)).to(tl.float64, bitcast=True)
         s = (mantissa - 1.0) / (mantissa + 1.0)
-        log = exponent.to(tl.float64) * 0.6931471805599453 + (s + s) * _triton_polynomial(s * s, _TRITON_ATANH)
+        log = exponent.to(tl.float64) * 0.6931471805599453 + (s + s) * _triton_polynomial(s * s, atanh)
         square = log * -2.0
         half = square * 0.5
         y = (0x5FE6EB50C7B537A9 - (square.to(tl.int64, bitcast=True) >> 1)).to(tl.float64, bitcast=True)
@@ -144,8 +145,8 @@ if triton is not None:
         quarter = (word + 536870912) >> 30
         angle = (word - (quarter << 30)).to(tl.float64) * 1.4629180792671596e-09
         square = angle * angle
-        cosine = _triton_polynomial(square, _TRITON_COSINE)
-        sine = angle * _triton_polynomial(square, _TRITON_SINE)
+        cosine = _triton_polynomial(square, cosines)
+        sine = angle * _triton_polynomial(square, sines)
         odd = (quarter & 1) != 0
         first = tl.where(odd, sine, cosine) * (1.0 - ((quarter + 1) & 2).to(tl.float64))
         second = tl.where(odd, cosine, sine) * (1.0 - (quarter & 2).to(tl.float64))
