@@ -101,7 +101,8 @@ class Denoiser(nn.Module):
                 f"guidance needs an unconditional condition and {type(self.net).__name__} has no null(cond); "
                 "pass uncond, or give the network that method."
             )
-        return self.net.null(cond)
+        null: Any = self.net.null
+        return null(cond)
 
     def extra_repr(self) -> str:
         return f"schedule={self.schedule!r}, prediction={self.prediction!r}"

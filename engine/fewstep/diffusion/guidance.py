@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.real import Real
+from fewstep.diffusion.real import Number, Real
 from fewstep.errors import UserError
 
 
@@ -20,7 +20,7 @@ def is_guided(guidance: Real | None) -> bool:
     return guidance is not None and (isinstance(guidance, Tensor) or float(guidance) != 1.0)
 
 
-def coefficients(guidance: Real) -> tuple[Real, Real]:
+def coefficients(guidance: Real) -> tuple[Number, Number]:
     """(of cond, of uncond)."""
     return guidance, 1.0 - guidance
 

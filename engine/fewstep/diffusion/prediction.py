@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fewstep.diffusion import real
-from fewstep.diffusion.real import Real
+from fewstep.diffusion.real import Number, Real
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError, choose
 
@@ -45,7 +45,7 @@ class Prediction:
         if not self.sigma_data > 0:
             raise UserError(f"prediction {self.kind!r} got sigma_data={self.sigma_data!r}; give a number above 0.")
 
-    def coefficients(self, schedule: Schedule, t: Real) -> tuple[Real, Real]:
+    def coefficients(self, schedule: Schedule, t: Real) -> tuple[Number, Number]:
         """(c_x, c_out) of the read-out at time t (float or tensor)."""
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         if self.boundary is None:
@@ -64,7 +64,7 @@ class Prediction:
         jump = alpha_end - alpha * keep
         return keep + jump * c_x, jump * c_out
 
-    def noise_coefficients(self, schedule: Schedule, t: Real) -> tuple[Real, Real]:
+    def noise_coefficients(self, schedule: Schedule, t: Real) -> tuple[Number, Number]:
         """(c_x, c_out) of eps_hat = (x - alpha x0_hat)/sigma, without dividing by sigma where the kind allows it."""
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         if self.boundary is None:
@@ -82,7 +82,7 @@ class Prediction:
         c_x, c_out = self.coefficients(schedule, t)
         return (1.0 - alpha * c_x) / sigma, -alpha * c_out / sigma
 
-    def input_scale(self, schedule: Schedule, t: Real) -> Real:
+    def input_scale(self, schedule: Schedule, t: Real) -> Number:
         """What x is multiplied by before the network sees it."""
         if self.kind != "edm":
             return real.constant(t, 1.0)
@@ -90,7 +90,7 @@ class Prediction:
         data = self.sigma_data * alpha
         return 1.0 / real.sqrt(sigma * sigma + data * data)
 
-    def network_time(self, schedule: Schedule, t: Real) -> Real:
+    def network_time(self, schedule: Schedule, t: Real) -> Number:
         """What the network is told: log(sigma/alpha)/4 for "edm", else the schedule's own word for t."""
         if self.kind != "edm":
             return schedule.network_time(t)
@@ -102,7 +102,7 @@ class Prediction:
             )
         return told
 
-    def _denoised(self, schedule: Schedule, t: Real, alpha: Real, sigma: Real) -> tuple[Real, Real]:
+    def _denoised(self, schedule: Schedule, t: Real, alpha: Real, sigma: Real) -> tuple[Number, Number]:
         if self.kind == "x0":
             return real.constant(t, 0.0), real.constant(t, 1.0)
         if self.kind == "v":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewstep.diffusion import real
 from fewstep.diffusion.linear import combine
-from fewstep.diffusion.real import Real
+from fewstep.diffusion.real import Number, Real
 from fewstep.errors import UserError, choose
 
 
@@ -46,39 +46,39 @@ class Schedule:
         """The largest time at which the schedule is defined."""
         return math.inf
 
-    def alpha(self, t: Real) -> Real:
+    def alpha(self, t: Real) -> Number:
         raise NotImplementedError
 
-    def sigma(self, t: Real) -> Real:
+    def sigma(self, t: Real) -> Number:
         raise NotImplementedError
 
-    def derivatives(self, t: Real) -> tuple[Real, Real]:
+    def derivatives(self, t: Real) -> tuple[Number, Number]:
         """(d alpha/dt, d sigma/dt)."""
         raise NotImplementedError
 
-    def time_of_half_log_snr(self, half_log_snr: Real) -> Real:
+    def time_of_half_log_snr(self, half_log_snr: Real) -> Number:
         raise NotImplementedError
 
-    def ratio(self, t: Real) -> Real:
+    def ratio(self, t: Real) -> Number:
         """tau = sigma/alpha (infinite where alpha is zero)."""
         return real.divide(self.sigma(t), self.alpha(t))
 
-    def half_log_snr(self, t: Real) -> Real:
+    def half_log_snr(self, t: Real) -> Number:
         """lambda = log(alpha/sigma)."""
         return real.log(self.alpha(t)) - real.log(self.sigma(t))
 
-    def log_snr(self, t: Real) -> Real:
+    def log_snr(self, t: Real) -> Number:
         """log(alpha^2/sigma^2)."""
         return 2.0 * self.half_log_snr(t)
 
-    def time_of_ratio(self, ratio: Real) -> Real:
+    def time_of_ratio(self, ratio: Real) -> Number:
         return self.time_of_half_log_snr(-real.log(ratio))
 
-    def network_time(self, t: Real) -> Real:
+    def network_time(self, t: Real) -> Number:
         """What a network is told for time t, unless its prediction type says otherwise."""
         return t
 
-    def time_of_network_time(self, told: Real) -> Real:
+    def time_of_network_time(self, told: Real) -> Number:
         return told
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
@@ -109,25 +109,25 @@ class VariancePreserving(Schedule):
                 "give 0 < beta_min < beta_max."
             )
 
-    def log_alpha(self, t: Real) -> Real:
+    def log_alpha(self, t: Real) -> Number:
         return -0.25 * t * t * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
 
-    def alpha(self, t: Real) -> Real:
+    def alpha(self, t: Real) -> Number:
         return real.exp(self.log_alpha(t))
 
-    def sigma(self, t: Real) -> Real:
+    def sigma(self, t: Real) -> Number:
         return real.sqrt(-real.expm1(2.0 * self.log_alpha(t)))
 
-    def half_log_snr(self, t: Real) -> Real:
+    def half_log_snr(self, t: Real) -> Number:
         log_alpha = self.log_alpha(t)
         return log_alpha - 0.5 * real.log(-real.expm1(2.0 * log_alpha))
 
-    def derivatives(self, t: Real) -> tuple[Real, Real]:
+    def derivatives(self, t: Real) -> tuple[Number, Number]:
         beta = self.beta_min + t * (self.beta_max - self.beta_min)
         alpha = self.alpha(t)
         return -0.5 * beta * alpha, real.divide(0.5 * beta * alpha * alpha, self.sigma(t))
 
-    def time_of_half_log_snr(self, half_log_snr: Real) -> Real:
+    def time_of_half_log_snr(self, half_log_snr: Real) -> Number:
         # log alpha = -softplus(-2 lambda)/2, then the quadratic in t, solved without cancellation
         slope = self.beta_max - self.beta_min
         twice = 2.0 * slope * real.softplus(-2.0 * half_log_snr)
@@ -158,19 +158,19 @@ class Cosine(Schedule):
     def _start(self) -> float:
         return self.offset * self._rate
 
-    def alpha(self, t: Real) -> Real:
+    def alpha(self, t: Real) -> Number:
         return real.cos(t * self._rate + self._start) / math.cos(self._start)
 
-    def sigma(self, t: Real) -> Real:
+    def sigma(self, t: Real) -> Number:
         # 1 - alpha^2 = sin(u - u0) sin(u + u0) / cos(u0)^2
         turned = t * self._rate
         return real.sqrt(real.sin(turned) * real.sin(turned + 2.0 * self._start)) / math.cos(self._start)
 
-    def derivatives(self, t: Real) -> tuple[Real, Real]:
+    def derivatives(self, t: Real) -> tuple[Number, Number]:
         slope = -self._rate * real.sin(t * self._rate + self._start) / math.cos(self._start)
         return slope, real.divide(-slope * self.alpha(t), self.sigma(t))
 
-    def time_of_half_log_snr(self, half_log_snr: Real) -> Real:
+    def time_of_half_log_snr(self, half_log_snr: Real) -> Number:
         log_alpha = -0.5 * real.softplus(-2.0 * half_log_snr)
         log_sigma = -0.5 * real.softplus(2.0 * half_log_snr)
         sigma, alpha = real.exp(log_sigma), real.exp(log_alpha)
@@ -232,7 +232,7 @@ class DiscreteVariancePreserving(Schedule):
     def _table(self) -> tuple[float, ...]:
         return _half_log_snr_table(self.train_steps, self.beta_start, self.beta_end)
 
-    def _segment(self, t: Real) -> tuple[Real, Real, Real]:
+    def _segment(self, t: Real) -> tuple[Number, Number, Number]:
         """(lambda at the index below, change of lambda to the next, fraction of the way)."""
         if isinstance(t, Tensor):
             table = _on_device(self._table, t)
@@ -241,7 +241,7 @@ class DiscreteVariancePreserving(Schedule):
         below = min(max(math.floor(t), 0), self.train_steps - 2)
         return self._table[below], self._table[below + 1] - self._table[below], t - below
 
-    def half_log_snr(self, t: Real) -> Real:
+    def half_log_snr(self, t: Real) -> Number:
         below, change, fraction = self._segment(t)
         inside = below + change * fraction
         if isinstance(t, Tensor):
@@ -251,25 +251,25 @@ class DiscreteVariancePreserving(Schedule):
             )
         return inside if t >= 0 else self._table[0] - real.log(t + 1.0)
 
-    def ratio(self, t: Real) -> Real:
+    def ratio(self, t: Real) -> Number:
         return real.exp(-self.half_log_snr(t))
 
-    def alpha(self, t: Real) -> Real:
+    def alpha(self, t: Real) -> Number:
         ratio = self.ratio(t)
         return 1.0 / real.sqrt(1.0 + ratio * ratio)
 
-    def sigma(self, t: Real) -> Real:
+    def sigma(self, t: Real) -> Number:
         ratio = self.ratio(t)
         return ratio / real.sqrt(1.0 + ratio * ratio)
 
-    def derivatives(self, t: Real) -> tuple[Real, Real]:
+    def derivatives(self, t: Real) -> tuple[Number, Number]:
         _, change, _ = self._segment(t)
         ratio = self.ratio(t)
         slope = real.select(t < 0, real.constant(t, math.exp(-self._table[0])), -change * ratio)
         cube = (1.0 + ratio * ratio) ** -1.5
         return -ratio * cube * slope, cube * slope
 
-    def time_of_half_log_snr(self, half_log_snr: Real) -> Real:
+    def time_of_half_log_snr(self, half_log_snr: Real) -> Number:
         table = self._table
         if isinstance(half_log_snr, Tensor):
             falling = _on_device(table, half_log_snr)
@@ -304,25 +304,25 @@ class VarianceExploding(Schedule):
     t_min: float = 0.002
     t_max: float = 80.0
 
-    def alpha(self, t: Real) -> Real:
+    def alpha(self, t: Real) -> Number:
         return real.constant(t, 1.0)
 
-    def sigma(self, t: Real) -> Real:
+    def sigma(self, t: Real) -> Number:
         return t
 
-    def ratio(self, t: Real) -> Real:
+    def ratio(self, t: Real) -> Number:
         return t
 
-    def half_log_snr(self, t: Real) -> Real:
+    def half_log_snr(self, t: Real) -> Number:
         return -real.log(t)
 
-    def derivatives(self, t: Real) -> tuple[Real, Real]:
+    def derivatives(self, t: Real) -> tuple[Number, Number]:
         return real.constant(t, 0.0), real.constant(t, 1.0)
 
-    def time_of_half_log_snr(self, half_log_snr: Real) -> Real:
+    def time_of_half_log_snr(self, half_log_snr: Real) -> Number:
         return real.exp(-half_log_snr)
 
-    def time_of_ratio(self, ratio: Real) -> Real:
+    def time_of_ratio(self, ratio: Real) -> Number:
         return ratio
 
 
@@ -347,29 +347,29 @@ class Flow(Schedule):
     def last_time(self) -> float:
         return 1.0
 
-    def alpha(self, t: Real) -> Real:
+    def alpha(self, t: Real) -> Number:
         return (1.0 - t) / (1.0 + (self.shift - 1.0) * t)
 
-    def sigma(self, t: Real) -> Real:
+    def sigma(self, t: Real) -> Number:
         return self.shift * t / (1.0 + (self.shift - 1.0) * t)
 
-    def ratio(self, t: Real) -> Real:
+    def ratio(self, t: Real) -> Number:
         return real.divide(self.shift * t, 1.0 - t)
 
-    def derivatives(self, t: Real) -> tuple[Real, Real]:
+    def derivatives(self, t: Real) -> tuple[Number, Number]:
         slope = self.shift / (1.0 + (self.shift - 1.0) * t) ** 2
         return -slope, slope
 
-    def time_of_ratio(self, ratio: Real) -> Real:
+    def time_of_ratio(self, ratio: Real) -> Number:
         return 1.0 / (1.0 + real.divide(self.shift, ratio))
 
-    def time_of_half_log_snr(self, half_log_snr: Real) -> Real:
+    def time_of_half_log_snr(self, half_log_snr: Real) -> Number:
         return self.time_of_ratio(real.exp(-half_log_snr))
 
-    def network_time(self, t: Real) -> Real:
+    def network_time(self, t: Real) -> Number:
         return self.sigma(t)
 
-    def time_of_network_time(self, told: Real) -> Real:
+    def time_of_network_time(self, told: Real) -> Number:
         return told / (self.shift - (self.shift - 1.0) * told)
 
 
@@ -395,19 +395,19 @@ class TrigFlow(Schedule):
     def last_time(self) -> float:
         return 0.5 * math.pi
 
-    def alpha(self, t: Real) -> Real:
+    def alpha(self, t: Real) -> Number:
         return real.cos(t)
 
-    def sigma(self, t: Real) -> Real:
+    def sigma(self, t: Real) -> Number:
         return self.sigma_data * real.sin(t)
 
-    def derivatives(self, t: Real) -> tuple[Real, Real]:
+    def derivatives(self, t: Real) -> tuple[Number, Number]:
         return -real.sin(t), self.sigma_data * real.cos(t)
 
-    def time_of_ratio(self, ratio: Real) -> Real:
+    def time_of_ratio(self, ratio: Real) -> Number:
         return real.atan(ratio / self.sigma_data)
 
-    def time_of_half_log_snr(self, half_log_snr: Real) -> Real:
+    def time_of_half_log_snr(self, half_log_snr: Real) -> Number:
         return self.time_of_ratio(real.exp(-half_log_snr))
 
 

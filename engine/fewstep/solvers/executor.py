@@ -75,9 +75,9 @@ def execute(
 
     networks: a Denoiser, a method's Network, a bare net, or a sequence of these with one per stage. From start = 0,
     `noise` is standard normal and is scaled by the plan (a rising plan takes the state itself); from a later start it
-    is the state x at that stage, which must not read what earlier stages kept. gradient: through no stage, the last one
-    run, or all. record: of "x", "denoised", "mean". checkpoint: recompute network calls in the backward pass instead of
-    keeping their activations.
+    is the state x at that stage, which must not read what earlier stages kept; with stop = start no stage runs and x is
+    where it would start. gradient: through no stage, the last one run, or all. record: of "x", "denoised", "mean".
+    checkpoint: recompute network calls in the backward pass instead of keeping their activations.
     """
     if gradient not in ("none", "last", "all"):
         raise choose("gradient", gradient, ("none", "last", "all"))
@@ -85,13 +85,13 @@ def execute(
         if name not in RECORDS:
             raise choose("record", name, RECORDS)
     stop = len(plan.stages) if stop is None else stop
-    if not 0 <= start < stop <= len(plan.stages):
+    if not 0 <= start <= stop <= len(plan.stages):
         raise UserError(
             f"start={start} and stop={stop} do not name stages of a plan of {len(plan.stages)}; "
-            f"give 0 <= start < stop <= {len(plan.stages)}."
+            f"give 0 <= start <= stop <= {len(plan.stages)}."
         )
-    kept = [name for name in plan.stages[start].inputs if name == "base" or name[0] == "d"]
-    if start and kept:
+    kept = [name for stage in plan.stages[start:][:1] for name in stage.inputs if name == "base" or name[0] == "d"]
+    if 0 < start < stop and kept:
         raise UserError(
             f"stage {start} of this plan reads {kept[0]!r}, kept by an earlier stage; start where only x is read."
         )
@@ -124,7 +124,10 @@ def _run(
     recorded: dict[str, list[Tensor]] = {name: [] for name in record}
 
     scale = plan.initial_scale if start == 0 else 1.0
-    state = _started(tables, stages[0], first, scale, start, buffers)
+    if not stages:
+        x = lincomb([first], tables.start((scale,)), dtypes=[first.dtype])[0]
+        return Execution(x, x, {name: [x] if name == "x" else [] for name in record})
+    state = _started(tables, stages[0], first, scale, buffers)
     if "x" in recorded:
         recorded["x"].append(state["x"].clone() if reuse else state["x"])
     denoised: Tensor | None = None
@@ -134,7 +137,8 @@ def _run(
         with contextlib.nullcontext() if tracked else torch.no_grad():
             told = tables.times(index, first, buffers)
             columns = _evaluate(calls[index - start], stage, state, told, conds, tracked, checkpoint)
-            inputs = [columns.get(name, state.get(name)) for name in stage.inputs if name != "noise"]
+            known = {**state, **columns}
+            inputs = [known[name] for name in stage.inputs if name != "noise"]
             drawn: dict[str, Any] = {}
             if stage.noise and carried is not None:
                 inputs.append(carried[:, stage.noise])
@@ -208,7 +212,7 @@ def _split_noise(
     plan: Plan, noise: Tensor, seeds: Tensor | None, stages: Sequence[Stage]
 ) -> tuple[Tensor, Tensor | None]:
     if not isinstance(noise, Tensor) or not noise.is_floating_point():
-        given = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
+        given = str(noise.dtype) if isinstance(noise, Tensor) else type(noise).__name__
         raise UserError(f"noise is {given}; give a floating-point tensor [B, C, H, W] of standard normal numbers.")
     stochastic = plan.stochastic_stages
     if noise.ndim not in (2, 3, 4, 5):
@@ -241,14 +245,14 @@ class _Tables:
     device: torch.device
     dtype: torch.dtype
 
-    def _cached(self, key: tuple, rows: Callable[[], list]) -> Tensor:
+    def _cached(self, key: tuple[Any, ...], rows: Callable[[], list]) -> Tensor:
         if _tracing():
             return torch.tensor(rows(), device=self.device, dtype=self.dtype)
-        cache, key = self.plan._device_cache, (*key, self.device, self.dtype)
-        if key not in cache:
+        cache, place = self.plan._device_cache, (*key, self.device, self.dtype)
+        if place not in cache:
             with torch.inference_mode(False):
-                cache[key] = torch.tensor(rows(), device=self.device, dtype=self.dtype)
-        return cache[key]
+                cache[place] = torch.tensor(rows(), device=self.device, dtype=self.dtype)
+        return cache[place]
 
     def matrix(self, index: int, repeated: bool) -> Tensor:
         """[M, K]; `repeated` doubles the last row, for the two halves of a guided call's input."""
@@ -319,22 +323,20 @@ def _buffers(plan: Plan, first: Tensor) -> _Buffers:
     return buffers
 
 
-def _started(
-    tables: _Tables, stage: Stage, first: Tensor, scale: float, start: int, buffers: _Buffers | None
-) -> dict[str, Tensor]:
+def _started(tables: _Tables, stage: Stage, first: Tensor, scale: float, buffers: _Buffers | None) -> dict[str, Tensor]:
     """Registers "x" and, where the network reads something else, "input"."""
     separate = stage.guided or stage.input_scale != 1.0
-    scales = (scale, scale * stage.input_scale) if separate else (scale,)
+    scales = [scale, scale * stage.input_scale] if separate else [scale]
     if buffers is None:
-        values = lincomb([first], tables.start(scales), dtypes=[first.dtype] * len(scales))
+        values = lincomb([first], tables.start(tuple(scales)), dtypes=[first.dtype] * len(scales))
         return dict(zip(("x", "input"), values))
     out = [buffers["x"]]
     if separate:
         out.append(buffers["input"])
     if stage.guided:
         out.append(buffers["second input"])
-        scales = (*scales, scales[1])
-    lincomb([first], tables.start(scales), out=out)
+        scales.append(scales[-1])
+    lincomb([first], tables.start(tuple(scales)), out=out)
     state = {"x": buffers["x"]}
     if separate:
         state["input"] = buffers.doubled if stage.guided else buffers["input"]

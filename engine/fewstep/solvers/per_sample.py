@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from fewstep.diffusion.linear import combine, matrix
@@ -26,6 +27,7 @@ def row(solver: str, schedule: Schedule, t: Tensor, s: Tensor, history: Sequence
         raise UserError(
             f"row of solver {solver!r} got {len(history)} past times; it takes {int(solver == 'dpmpp_2m')}."
         )
+    entries: tuple[Tensor, ...]
     if history:
         entries = rows.two_step(schedule, history[0], t, s, "midpoint")
     else:
@@ -52,6 +54,6 @@ def step(
     ahead = combine([x, first], [rows.jump(schedule, t, s)])[0]
     if solver != "heun":
         return ahead
-    second = denoise(ahead, (schedule.sigma(s) == 0).to(t.dtype) * (t - s) + s)
+    second = denoise(ahead, torch.where(schedule.sigma(s) == 0, t, s))
     coordinate = "flow" if schedule.name == "flow" else "ratio"
     return combine([x, first, ahead, second], [rows.trapezoid(schedule, t, s, coordinate)])[0]

@@ -9,17 +9,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from fewstep.diffusion import real
-from fewstep.diffusion.real import Real
+from fewstep.diffusion.real import Number, Real
 from fewstep.diffusion.schedules import Schedule
 
 
-def jump(schedule: Schedule, t: Real, s: Real) -> tuple[Real, Real]:
+def jump(schedule: Schedule, t: Real, s: Real) -> tuple[Number, Number]:
     """(of x, of D_0): the deterministic first-order step, DDIM = Euler (2010.02502, eq. 12 with eta = 0)."""
     keep = schedule.sigma(s) / schedule.sigma(t)
     return keep, schedule.alpha(s) - schedule.alpha(t) * keep
 
 
-def noisy_jump(schedule: Schedule, t: Real, s: Real, eta: float) -> tuple[Real, Real, Real]:
+def noisy_jump(schedule: Schedule, t: Real, s: Real, eta: float) -> tuple[Number, Number, Number]:
     """(of x, of D_0, of noise): DDIM(eta) (2010.02502, eq. 12 and 16); eta = 1 is DDPM with the posterior variance."""
     sigma, sigma_to = schedule.sigma(t), schedule.sigma(s)
     alpha, alpha_to = schedule.alpha(t), schedule.alpha(s)
@@ -30,7 +30,7 @@ def noisy_jump(schedule: Schedule, t: Real, s: Real, eta: float) -> tuple[Real, 
     return keep, alpha_to - alpha * keep, noise
 
 
-def two_step(schedule: Schedule, before: Real, t: Real, s: Real, variant: str) -> tuple[Real, Real, Real]:
+def two_step(schedule: Schedule, before: Real, t: Real, s: Real, variant: str) -> tuple[Number, Number, Number]:
     """(of x, of D_0, of D_1): DPM-Solver++ 2M (2211.01095, algorithm 2), D_1 taken at time `before`.
 
     With h = lambda' - lambda and g = lambda - lambda_before the slope's weight is I_0/2 ("midpoint", the paper's) or
@@ -54,14 +54,14 @@ def two_step(schedule: Schedule, before: Real, t: Real, s: Real, variant: str) -
     return keep, gain + slope, -slope
 
 
-def trapezoid(schedule: Schedule, t: Real, s: Real, coordinate: str) -> tuple[Real, Real, Real, Real]:
+def trapezoid(schedule: Schedule, t: Real, s: Real, coordinate: str) -> tuple[Number, Number, Number, Number]:
     """(of base, of D at t, of x at s, of D at s): the second stage of Heun (2206.00364, algorithm 1).
 
     In the coordinate c = sigma/n of x/n, with n = alpha ("ratio": EDM's) or n = alpha + sigma ("flow": flow matching's,
     finite at pure noise), the slope of the probability-flow path is (x/n - D)/c. At sigma' = 0 the row is Euler's.
     """
 
-    def norm(time: Real) -> Real:
+    def norm(time: Real) -> Number:
         alpha = schedule.alpha(time)
         return alpha if coordinate == "ratio" else alpha + schedule.sigma(time)
 
@@ -80,7 +80,7 @@ def trapezoid(schedule: Schedule, t: Real, s: Real, coordinate: str) -> tuple[Re
     )
 
 
-def renoise(schedule: Schedule, e: Real, s: Real) -> tuple[Real, Real]:
+def renoise(schedule: Schedule, e: Real, s: Real) -> tuple[Number, Number]:
     """(of f, of noise): from an answer at time e (sigma_e = 0 for a clean one) up to time s by fresh noise.
 
     VE form sqrt(s^2 - e^2) of 2303.01469, algorithm 1, for any (alpha, sigma).
