@@ -58,14 +58,15 @@ def train(
         if spec.average is None:
             engines.setdefault(spec.engine or name, []).append(name)
     parameters = {e: [p for n in ns for p in run.networks[n].module.parameters()] for e, ns in engines.items()}
-    optimizers = {e: optimizer(ps, lr=lr) for e, ps in parameters.items()}
+    rates = {e: spec.optimizer.lr if (spec := method.networks[e]).optimizer else lr for e in engines}
+    optimizers = {e: optimizer(ps, lr=rates[e]) for e, ps in parameters.items()}
     step = 0
     for stage in method.stages():
         method.stage = stage
         for destination, source in stage.copies.items():
             run.networks[destination].module.load_state_dict(run.networks[source].module.state_dict())
         for engine in stage.restart:
-            optimizers[engine] = optimizer(parameters[engine], lr=lr)
+            optimizers[engine] = optimizer(parameters[engine], lr=rates[engine])
         for _ in range(updates if stage.updates is None else stage.updates):
             generators = []
             for micro in range(accumulate):

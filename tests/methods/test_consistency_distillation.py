@@ -1,6 +1,7 @@
 """Consistency distillation against the Gaussian's exact flow map and consistency function, in float64."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def flow(schedule, x, t, s):
 
 def method_on(schedule, student, **config):
     schedule = schedules.get(schedule) if isinstance(schedule, str) else schedule
-    method = get("consistency_distillation")(config)
+    method = get("consistency_distillation")({"target_decay": 0.0, **config})
     method.schedule, method.prediction = schedule, Prediction("x0")
     method.teacher = Network(GaussianDenoiser(lambda cond: (MEAN, STD), schedule))
     method.student = Network(student)
@@ -122,7 +123,7 @@ def test_the_best_affine_student_is_the_composite_of_the_solvers_steps(solver, r
     assert float(student.slope[0].detach()) / exact == pytest.approx(ratio, abs=5e-7)  # the digits given
     start = torch.full((1, 1), nodes[0], dtype=torch.float64)
     answer = start
-    for t, s in zip(nodes, nodes[1:]):
+    for t, s in pairwise(nodes):
         answer = method.teacher_step(answer, torch.tensor([t]).double(), torch.tensor([s]).double())
     torch.testing.assert_close(student(start, start[0]).detach(), answer, rtol=1e-7, atol=1e-9)
 
@@ -210,7 +211,7 @@ def test_the_last_pair_of_nodes_ends_at_t_min_and_every_pair_is_drawn():
     nodes = node_times(schedule, 6)
     assert nodes[0] == 80.0 and nodes[-1] == 0.002
     assert {(round(a, 9), round(b, 9)) for a, b in zip(t.tolist(), s.tolist())} == {
-        (round(a, 9), round(b, 9)) for a, b in zip(nodes, nodes[1:])
+        (round(a, 9), round(b, 9)) for a, b in pairwise(nodes)
     }
 
 

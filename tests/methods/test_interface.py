@@ -129,6 +129,7 @@ def test_networks_start_where_they_say():
             "copy": NetworkSpec(start="fresh", read_out="skip"),
             "mean": NetworkSpec(start="copy", average=Average(0.9)),
             "jump": NetworkSpec(read_out="jump"),
+            "two times": NetworkSpec(read_out="jump", inputs=("x", "t", "s")),
             "plain": NetworkSpec(start=factory, read_out="plain"),
             "own": NetworkSpec(read_out=lambda net, schedule, prediction: nn.Sequential(net)),
         },
@@ -141,6 +142,9 @@ def test_networks_start_where_they_say():
     assert built["copy"].prediction.boundary == 0.002 and built["mean"].prediction.boundary == 0.002
     assert not any(p.requires_grad for p in built["mean"].parameters())
     assert isinstance(built["jump"], Jump) and not built["jump"].two_times
+    assert built["two times"].two_times and built["two times"].net.config["inputs"] == ["s"]
+    x, t = torch.randn(3, 2), torch.tensor([0.5, 3.0, 70.0])
+    torch.testing.assert_close(built["two times"](x, t, t / 2), built["jump"](x, t, t / 2))  # until it is trained
     assert isinstance(built["plain"], nn.Linear) and {"teacher", "student", "jump"} <= set(seen)
     assert isinstance(built["own"], nn.Sequential)
 
@@ -165,7 +169,7 @@ def test_an_unknown_read_out_names_the_choices():
 
 
 def test_the_jump_is_the_identity_at_equal_times_and_ctms_form_where_alpha_is_one():
-    net = MLP(2, times=2).double()
+    net = MLP(2, inputs=("s",)).double()
     nn.init.normal_(net.last.weight)
     for name in ("edm", "vp", "flow", "trigflow"):
         jump = Jump(net, schedules.get(name), Prediction("x0"))

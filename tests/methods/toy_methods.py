@@ -11,9 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import softplus
 
-from fewstep import solvers
 from fewstep.methods import Average, Method, Needs, NetworkSpec, TrainingStage, Update
-from fewstep.nets.mlp import MLP
 
 
 class Judge(nn.Module):
@@ -39,7 +37,7 @@ class CTM(Method):
     """Gradient through the averaged network's input, one K for all, two times, an adversary, an adaptive weight."""
 
     networks = {
-        "student": NetworkSpec(lambda built: MLP(2, times=2), inputs=("x", "t", "s"), read_out="jump"),
+        "student": NetworkSpec(inputs=("x", "t", "s"), read_out="jump"),
         "target": NetworkSpec("student", inputs=("x", "t", "s"), average=Average(0.9)),
         "disc": JUDGE,
     }
@@ -211,4 +209,4 @@ class Leaking(Method):
 
 
 ALL = (CTM, SCM, SiD, Progressive, SFD, SDS, SFTPG, KnowledgeDistillation)
-__all__ = ["ALL", "Leaking", "Unequal", "solvers"]
+__all__ = ["ALL", "Leaking", "Unequal"]

@@ -10,7 +10,7 @@ from fewstep.nets.mlp import MLP
 
 
 def test_a_net_is_rebuilt_from_its_config():
-    net = MLP(8, width=16, depth=3, classes=5, times=2)
+    net = MLP(8, width=16, depth=3, classes=5, inputs=("s",))
     again = nets.build(net.config)
     again.load_state_dict(net.state_dict())
     x, t, label = torch.randn(4, 2, 2, 2), torch.rand(4), torch.tensor([0, 4, 5, 2])
@@ -33,13 +33,15 @@ def test_a_wrong_description_is_one_sentence(config, sentence):
 
 
 def test_a_fresh_mlp_answers_zero_and_labels_and_times_matter_once_trained():
-    net = MLP(2, classes=3, times=2)
+    net = MLP(2, classes=3, inputs=("s",))
     x, t = torch.randn(4, 2), torch.rand(4)
     label = torch.tensor([0, 1, 2, 3])
     assert not net(x, t, label, s=t).any()
     torch.nn.init.normal_(net.last.weight)
     for block in net.blocks:
         torch.nn.init.normal_(block.second.weight)
+    for embedding in net.conditioning.scalars.values():
+        torch.nn.init.normal_(embedding.perceptron[-1].weight)
     answers = [
         net(x, t, label, s=t),
         net(x, t, net.null(label), s=t),
@@ -48,8 +50,8 @@ def test_a_fresh_mlp_answers_zero_and_labels_and_times_matter_once_trained():
     ]
     assert all(not torch.equal(answers[0], other) for other in answers[1:])
     assert torch.equal(answers[1], net(x, t, None, s=t))
-    with pytest.raises(ValueError, match="two-time"):
-        net(x, t, label)
+    with pytest.raises(UserError, match="'w' is not known"):
+        net(x, t, label, w=t)
 
 
 def test_the_taps_name_real_submodules_and_their_widths():

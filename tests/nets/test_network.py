@@ -65,7 +65,7 @@ def test_fixed_gives_exact_input_gradients_and_none_to_parameters():
 
 def test_fixed_restores_what_was_trained_also_after_an_exception_and_leaves_frozen_parts_frozen():
     network = Network(denoiser())
-    network.net.time.requires_grad_(False)
+    network.net.first.requires_grad_(False)
     before = {n: p.requires_grad for n, p in network.module.named_parameters()}
     with pytest.raises((ValueError, RuntimeError)):
         network.fixed(torch.zeros(2, 5, dtype=torch.float64), torch.ones(2, dtype=torch.float64))

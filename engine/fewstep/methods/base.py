@@ -197,7 +197,7 @@ class Method:
         Ho and Salimans 2022, arXiv:2207.12598, in our convention: w = 1 or None is the conditional answer alone.
         `guidance` may be [B]; `null` None asks the network for its null condition.
         """
-        call = {"call": network, "fixed": network.fixed, "value": network.value}[way]
+        call = network.by(way)
         if cond is None or guidance is None or not guiding.is_guided(guidance):
             return call(x, t, cond)
         null = network.null(cond) if null is None else null

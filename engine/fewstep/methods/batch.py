@@ -30,7 +30,7 @@ class Batch:
     """
 
     index: Tensor
-    x0: Tensor | None = None
+    x0: Tensor = None  # type: ignore[assignment]  # None only for methods that need no samples
     cond: Any = None
     null: Any = None
     pair: tuple[Tensor, Tensor] | None = None

@@ -10,6 +10,7 @@ from torch import nn
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError, choose
 from fewstep.methods.base import Method, NetworkSpec
+from fewstep.nets.conditioning import SCALARS, Conditioned
 from fewstep.nets.read_out import read_out
 
 
@@ -39,7 +40,7 @@ def _module(
     network: Callable[[], nn.Module] | None,
 ) -> nn.Module:
     if spec.average is not None:
-        if spec.start not in method.networks:
+        if not isinstance(spec.start, str) or spec.start not in method.networks:
             raise choose(f"network that {name!r} averages", spec.start, method.networks)
         return copy.deepcopy(built[spec.start])
     if not isinstance(spec.start, str):
@@ -54,7 +55,14 @@ def _module(
         )
     else:
         raise choose(f"start of network {name!r}", spec.start, ["teacher", "random", *built])
-    return read_out(spec.read_out, net, method.schedule, method.prediction, spec.inputs)
+    return read_out(spec.read_out, _told(net, spec.inputs), method.schedule, method.prediction, spec.inputs)
+
+
+def _told(net: nn.Module, inputs: tuple[str, ...]) -> nn.Module:
+    """`net`, taking the further scalars of `inputs` too where it can; it answers as before until it is trained."""
+    config = getattr(net, "config", {})
+    further = [name for name in inputs if name in SCALARS and name not in config.get("inputs", ())]
+    return net.with_inputs(*further) if further and isinstance(net, Conditioned) else net
 
 
 def _fresh(name: str, built: dict[str, nn.Module], network: Callable[[], nn.Module] | None) -> nn.Module:

@@ -16,6 +16,7 @@ from fewstep.methods.distances import Distance
 from fewstep.methods.registry import register
 from fewstep.methods.rng import Rng
 from fewstep.methods.times import Grid, node_times, student_grid
+from fewstep.nets.network import Network
 
 
 @register("consistency_distillation")
@@ -23,6 +24,7 @@ class ConsistencyDistillation(Method):
     """The student's answer must not change along the teacher's path: f(x_t, t) = f(x_s, s)."""
 
     needs = Needs(data="samples")
+    target: Network
 
     class Config(MethodConfig):
         """Options of consistency distillation."""
@@ -39,8 +41,8 @@ class ConsistencyDistillation(Method):
         """Between the student's two answers."""
         weighting: Literal["uniform", "inverse_gap"] = "uniform"
         """Weight of a node: 1, or 1 / (t - s) (arXiv:2310.14189, section 3.5)."""
-        target_decay: float = Field(0.0, ge=0, lt=1)
-        """Decay of the averaged target; 0: the student itself, without gradient."""
+        target_decay: float = Field(0.95, ge=0, lt=1)
+        """Decay of the averaged target; 0: the student itself, without gradient, which needs far longer runs."""
         levels: dict[int, tuple[float, ...]] | None = None
         """Times at which a student of so many steps is asked, e.g. {2: [80, 0.8]}; none: spaced like the nodes."""
 

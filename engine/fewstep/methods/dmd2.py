@@ -17,6 +17,7 @@ from fewstep.methods.discriminator import Discriminator, accuracy, discriminator
 from fewstep.methods.registry import register
 from fewstep.methods.rng import Rng
 from fewstep.methods.times import Grid, TimeLaw, student_grid, usual_law
+from fewstep.nets.network import Network
 
 
 @register("dmd2")
@@ -24,6 +25,8 @@ class DMD2(Method):
     """Move the student's distribution to the teacher's by the difference of two scores, and by a discriminator."""
 
     needs = Needs(data="samples")
+    critic: Network
+    head: Network
 
     class Config(MethodConfig):
         """Options of DMD2."""

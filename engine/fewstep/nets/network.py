@@ -91,7 +91,8 @@ class Network:
 
     def null(self, cond: Any) -> Any:
         """The null condition like `cond` (None when there is no condition)."""
-        return None if cond is None else self.module.null(cond)
+        module: Any = self.module
+        return None if cond is None else module.null(cond)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Gradients reach the parameters (and the inputs), through the engine."""
@@ -131,7 +132,7 @@ class Network:
             if self.tangents == "difference":
                 return _central_difference(answer, primals, tangents)
             try:
-                value, change = torch.func.jvp(answer, primals, tangents)
+                value, change = torch.func.jvp(answer, primals, tangents)  # type: ignore[misc]
                 return value.detach(), change.detach()
             except (NotImplementedError, RuntimeError) as error:
                 if "forward" not in str(error).lower() and "jvp" not in str(error).lower():
@@ -140,6 +141,13 @@ class Network:
         self._replay_masks(primals)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _frozen(self.module):
             return _reverse_twice(answer, primals, tangents, reason)
+
+    def by(self, way: Way) -> Callable[..., Any]:
+        """The call of that name: "call", "fixed" or "value"."""
+        ways: dict[str, Callable[..., Any]] = {"call": self, "fixed": self.fixed, "value": self.value}
+        if way not in ways:
+            raise choose("way to call a network", way, ways)
+        return ways[way]
 
     def features(
         self, *inputs: Any, at: str | Sequence[str], way: Way = "call", **named: Any
@@ -161,7 +169,7 @@ class Network:
 
             handles.append(submodules[name].register_forward_hook(keep))
         try:
-            answer = self._way(way)(*inputs, **named)
+            answer = self.by(way)(*inputs, **named)
         finally:
             for handle in handles:
                 handle.remove()
@@ -182,12 +190,6 @@ class Network:
         gradients = torch.autograd.grad(loss, chosen, retain_graph=True, allow_unused=True)
         squares = [g.double().square().sum() for g in gradients if g is not None]
         return torch.stack(squares).sum().sqrt().to(loss.dtype) if squares else torch.zeros_like(loss.detach())
-
-    def _way(self, way: Way) -> Callable[..., Any]:
-        ways = {"call": self, "fixed": self.fixed, "value": self.value}
-        if way not in ways:
-            raise choose("way to call a network", way, ways)
-        return ways[way]
 
     def _replay_masks(self, inputs: Sequence[Any]) -> None:
         masks = _masks.get()

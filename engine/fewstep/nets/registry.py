@@ -11,7 +11,7 @@ from torch import nn
 
 from fewstep.errors import UserError, choose
 
-_CLASSES = {"mlp": "fewstep.nets.mlp:MLP", "dit": "fewstep.nets.dit:DiT"}
+_CLASSES = {"mlp": "fewstep.nets.mlp:MLP", "dit": "fewstep.nets.dit:DiT", "unet": "fewstep.nets.unet:UNet"}
 
 
 def names() -> list[str]:
