@@ -5,13 +5,13 @@ import os
 import sys
 from pathlib import Path
 
-import small
 import torch
 import torch.distributed as dist
 
 from fewstep.train import Trainer, checkpoint
 from fewstep.train.strategies.ddp import Ddp
 from fewstep.train.strategies.deepspeed import DeepSpeed
+from tests.train import small
 
 CPU = torch.device("cpu")
 # the names of cases, and what they change of a run

@@ -6,11 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fewstep
 import fewstep_kernels
 
-import fewstep
-
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def two_ranks(script: str, folder: Path, *arguments: str) -> list[dict]:
@@ -25,11 +24,11 @@ def two_ranks(script: str, folder: Path, *arguments: str) -> list[dict]:
             "WORLD_SIZE": "2",
             "FEWSTEP_STORE": str(folder / "store"),
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([*sources, os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *sources, os.environ.get("PYTHONPATH", "")]),
             "PYTHONWARNINGS": "ignore",
         }
         log = (folder / f"rank{rank}.log").open("w")
-        command = [sys.executable, str(HERE / script), str(folder), *arguments]
+        command = [sys.executable, "-m", f"tests.train.{script}", str(folder), *arguments]
         started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
         codes = [process.wait(timeout=150) for process in started]

@@ -3,9 +3,9 @@
 import copy
 from pathlib import Path
 
-import fewstep_kernels as fk
 import torch
 
+import fewstep_kernels as fk
 from fewstep import config, nets
 from fewstep.diffusion import prediction, schedules
 from fewstep.diffusion.denoiser import Denoiser
@@ -15,7 +15,7 @@ METHODS = {
     "consistency_distillation": {"name": "consistency_distillation", "target_decay": 0.9, "nodes": 8},
     "dmd2": {"name": "dmd2", "critic_updates": 2, "steps": [1, 2]},
 }
-CLIP = 0.05  # below every gradient norm of these runs
+CLIPS = {"consistency_distillation": 0.05, "dmd2": 2e-4}  # below every gradient norm of the student in these runs
 
 
 def recipe(output: Path, method: dict | str = "consistency_distillation", **train) -> config.Recipe:
@@ -23,7 +23,7 @@ def recipe(output: Path, method: dict | str = "consistency_distillation", **trai
     settings = {
         "updates": 4,
         "optimizer": {"lr": 1e-3},
-        "clip": CLIP,
+        "clip": CLIPS.get(method, 1.0) if isinstance(method, str) else 1.0,
         "log_every": 1,
         "checkpoint_every": 0,
         "ema": {"decay": 0.9},

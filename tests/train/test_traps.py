@@ -1,12 +1,13 @@
-"""The measured traps of sharded training (torch 2.13, DeepSpeed 0.19.8): the wrong way raises or is wrong, ours is exact.
+"""The measured traps of sharded training (torch 2.13, DeepSpeed 0.19.8): the wrong way raises or is wrong,
+ours is exact.
 
-Exact means 1e-5 in float32 against one process on the whole batch (sums are taken in another order); wrong means beyond 1e-3.
+Exact means 1e-5 in float32 against one process on the whole batch (sums are taken in another order); wrong
+means beyond 1e-3.
 """
 
 import importlib.util
 
 import pytest
-import ranks
 import torch
 
 from fewstep import solvers
@@ -15,6 +16,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.methods import OptimizerConfig
 from fewstep.nets.mlp import MLP
 from fewstep.train.strategies.single import LocalEngine
+from tests.train import ranks
 
 EXACT, WRONG = 1e-5, 1e-3
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -27,7 +29,7 @@ def fails(result):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return ranks.two_ranks("rank_traps.py", tmp_path_factory.mktemp("traps"))
+    return ranks.two_ranks("rank_traps", tmp_path_factory.mktemp("traps"))
 
 
 def test_3_executor_buffers_are_not_reused_while_gradients_are_on():
@@ -101,7 +103,7 @@ def test_7_two_engines_may_not_train_one_base(found):
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [1, 3])
 def test_7_an_unused_role_of_a_shared_engine_moves_without_a_word(found, stage):
-    """One process leaves a parameter without gradient alone; ZeRO steps it with a gradient of zero (here: weight decay)."""
+    """One process leaves a parameter without gradient alone; ZeRO steps it with a gradient of zero (weight decay)."""
     assert found[0][f"unused_{stage}"] > WRONG
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import fewstep_kernels as fk
 from torch import nn
 
+import fewstep_kernels as fk
 from fewstep.train.strategies.base import Strategy
 
 

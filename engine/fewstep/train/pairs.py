@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fewstep_kernels as fk
 import torch
 from torch import Tensor
 
+import fewstep_kernels as fk
 from fewstep import solvers
 from fewstep.methods import Batch, Pairs
 from fewstep.methods.batch import map_tensors

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fewstep_kernels as fk
 import torch
 from torch import Tensor, nn
 
+import fewstep_kernels as fk
 from fewstep import artefact, methods, nets, solvers
 from fewstep.diffusion import prediction as predictions
 from fewstep.diffusion import schedules

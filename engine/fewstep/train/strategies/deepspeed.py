@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.methods import OptimizerConfig
-from fewstep.nets.network import Network
+from fewstep.nets.network import Network, Way
 from fewstep.train.strategies.base import MOMENTS, Engine, Strategy
 from fewstep.train.strategies.ddp import Ddp
 
@@ -61,7 +61,34 @@ class Roles(nn.Module):
 
 
 class ZeroNetwork(Network):
-    """A network whose parameters are shared out: no forward mode."""
+    """A network whose parameters are shared out (stage 3): no forward mode, and taps that tell DeepSpeed of their backward.
+
+    DeepSpeed fetches a module's parameters when the gradient enters its outputs and releases them when it leaves by its inputs.
+    A tap enters in the middle, so that the modules around it would be released without a fetch, which raises; here the tap's
+    gradient passes the entrances of those modules first.
+    """
+
+    def __init__(
+        self, module: nn.Module, engine: Callable[..., Any] | None = None, root: nn.Module | None = None
+    ) -> None:
+        super().__init__(module, engine)
+        self.root = root
+
+    def features(
+        self, *inputs: Any, at: str | Sequence[str], way: Way = "call", **named: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        answer, taps = super().features(*inputs, at=at, way=way, **named)
+        top = self.root if way == "call" and self.root is not None else self.module
+        return answer, {name: self._entered(top, self.net.get_submodule(name), tap) for name, tap in taps.items()}
+
+    @staticmethod
+    def _entered(top: nn.Module, tapped: nn.Module, tap: Tensor) -> Tensor:
+        if tap.requires_grad:
+            around = [m for m in top.modules() if m is not tapped and any(inner is tapped for inner in m.modules())]
+            for module in reversed(around):
+                if hasattr(module, "pre_bwd_fn"):
+                    tap = module.pre_bwd_fn.apply(tap)
+        return tap
 
     def tangent(self, primals: Sequence[Tensor], tangents: Sequence[Tensor], **named: Any) -> tuple[Tensor, Tensor]:
         raise UserError(
@@ -119,12 +146,13 @@ class ZeroEngine(Engine):
     def state(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        states = [self._torch_optimizer.state[flat] for flat in self._flat() if flat in self._torch_optimizer.state]
+        states = [state for flat in self._flat() if (state := self._torch_optimizer.state.get(flat))]
         if not states:
             return {}
+        self._link()
         leads, whole = dist.get_rank() == 0, {}
         for name, parameter in self._trained.items():
-            for key in (key for key in states[0] if key in MOMENTS):
+            for key in (key for key in MOMENTS if key in states[0]):  # one order on all ranks
                 moment = safe_get_full_optimizer_state(parameter, key)
                 if leads:
                     whole[f"{name}|{key}"] = moment.detach().cpu().reshape(_whole_shape(parameter)).clone()
@@ -144,14 +172,12 @@ class ZeroEngine(Engine):
                 f"engine {self.name!r} cannot resume under ZeRO: its parameters took unequal numbers of steps."
             )
         for flat in self._flat():
-            own = self._torch_optimizer.state[flat] = {key: torch.zeros_like(flat) for key in keys if key in MOMENTS}
+            own = self._torch_optimizer.state[flat] = {key: torch.zeros_like(flat) for key in MOMENTS if key in keys}
             if steps:
                 own["step"] = torch.tensor(next(iter(steps)), device=flat.device)
-        if self.stage < 3:
-            self.zero.optimizer._hp_optimizer_states_linked = False
-            self.zero.optimizer._lazy_init_hp_params_optimizer_state()
+        self._link()
         for name, parameter in self._trained.items():
-            for key in (key for key in keys if key in MOMENTS and f"{name}|{key}" in state):
+            for key in (key for key in MOMENTS if f"{name}|{key}" in state):
                 value = state[f"{name}|{key}"].to(parameter.device)
                 if self.stage < 3:
                     safe_set_full_optimizer_state(parameter, value, key)
@@ -164,6 +190,12 @@ class ZeroEngine(Engine):
                 if isinstance(value, Tensor):
                     value.zero_()
         self.updates = 0
+
+    def _link(self) -> None:
+        """Show stages 1 and 2 their states by parameter: they do so once, after the step of the first group only."""
+        if self.stage < 3:
+            self.zero.optimizer._hp_optimizer_states_linked = False
+            self.zero.optimizer._lazy_init_hp_params_optimizer_state()
 
     @property
     def _torch_optimizer(self) -> torch.optim.Optimizer:
@@ -221,7 +253,9 @@ class DeepSpeed(Ddp):
         return engine
 
     def network(self, module: nn.Module, forward: Callable[..., Any] | None = None) -> Network:
-        return (ZeroNetwork if self.stage == 3 else Network)(module, forward)
+        if self.stage < 3:
+            return Network(module, forward)
+        return ZeroNetwork(module, forward, forward.func.module if isinstance(forward, functools.partial) else None)
 
     def frozen(self, module: nn.Module) -> nn.Module:
         if self.stage < 3 or not any(True for _ in module.parameters()):

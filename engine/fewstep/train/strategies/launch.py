@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fewstep_kernels
 import torch
 import torch.distributed as dist
 
 import fewstep
+import fewstep_kernels
 from fewstep.errors import UserError
 from fewstep.train.strategies.base import Strategy
 from fewstep.train.strategies.single import Single

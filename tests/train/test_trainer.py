@@ -1,0 +1,253 @@
+"""The loop: accumulation, leaks, averages, stages, signals, and what it refuses."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from fewstep import artefact, methods, solvers
+from fewstep.errors import UserError
+from fewstep.methods import Average, Method, NetworkSpec, OptimizerConfig, Pairs, TrainingStage, Update
+from fewstep.nets.mlp import MLP
+from fewstep.train import Interrupted, Trainer
+from tests.train import small
+
+
+class Toy(Method):
+    """Denoising at one time, with an average and a critic that judges nothing in particular."""
+
+    networks = {"student": NetworkSpec(), "critic": NetworkSpec(), "slow": NetworkSpec("student", average=Average(0.5))}
+    name = "toy"
+
+    def iteration(self, batch, rng):
+        t = rng.uniform(batch, "time", 0.5, 2.0)
+        x_t, _ = self.noised(batch.x0, t, rng)
+        yield Update("student", (self.student(x_t, t, batch.cond) - batch.x0).square().mean(), {"time": t.mean()})
+        yield Update(
+            "critic", (self.critic(x_t, t, batch.cond) - self.student.value(x_t, t, batch.cond)).square().mean()
+        )
+
+    def sampling(self, steps, **options):
+        return solvers.plan("euler", self.schedule, steps, prediction=self.prediction, **options)
+
+
+def trainer(folder, method=None, *, fault=None, resume=False, **train):
+    recipe = small.recipe(folder, **train)
+    given = None if method is None else method(method.Config())
+    return Trainer(recipe, teacher=small.teacher(), loader=small.Digits(fault=fault), method=given, resume=resume)
+
+
+def trained(folder, method=None, **options):
+    run = trainer(folder, method, **options)
+    run.fit()
+    return run
+
+
+def largest_difference(first, second):
+    return max(
+        (value - second[network][name]).abs().max().item()
+        for network, state in first.items()
+        for name, value in state.items()
+    )
+
+
+def test_four_micro_batches_equal_one_batch(tmp_path):
+    """Plain SGD, so that a difference in a gradient is a difference in the weights; 1e-5: sums in another order."""
+    plain = {"optimizer": {"name": "sgd", "lr": 0.1, "betas": [0.0, 0.9]}}
+    one = small.weights(trained(tmp_path / "one", Toy, **plain))
+    four = small.weights(trained(tmp_path / "four", Toy, accumulate=4, **plain))
+    start = small.weights(trainer(tmp_path / "start", Toy))
+    assert largest_difference(one, four) < 1e-5
+    assert largest_difference(one, start) > 1e-3
+
+
+def test_a_step_clips_the_norm_over_the_whole_engine(tmp_path):
+    """SGD at rate 1 moves the weights by the clipped gradient: by exactly the clip."""
+    plain = {"optimizer": {"name": "sgd", "lr": 1.0, "betas": [0.0, 0.9]}, "clip": 0.05, "updates": 1}
+    before = small.weights(trainer(tmp_path / "a", Toy))["student"]
+    run = trained(tmp_path / "a", Toy, **plain)
+    after = small.weights(run)["student"]
+    moved = torch.stack([(after[name] - before[name]).square().sum() for name in before]).sum().sqrt()
+    assert moved.item() == pytest.approx(0.05, rel=1e-4)
+
+
+def test_warmup_raises_the_learning_rate_linearly(tmp_path):
+    run = trained(tmp_path, Toy, warmup=4, updates=6)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3, 1e-3])
+    assert run.engines["student"].updates == 6
+
+
+def test_an_average_follows_its_network_after_each_step(tmp_path):
+    """average <- 0.5 average + 0.5 network, from the same start."""
+    states = [small.weights(trainer(tmp_path / "0", Toy))]
+    states += [small.weights(trained(tmp_path / str(n), Toy, updates=n)) for n in (1, 2)]
+    for name, expected in states[0]["slow"].items():
+        for state in states[1:]:
+            expected = 0.5 * expected + 0.5 * state["student"][name]
+        assert torch.allclose(states[-1]["slow"][name], expected, atol=1e-6)
+
+
+def test_networks_of_one_engine_share_its_optimiser_and_norm(tmp_path):
+    run = trainer(tmp_path, methods.get("dmd2"))
+    assert set(run.engines) == {"student", "critic"}
+    assert set(run.engines["critic"].networks) == {"critic", "head"}
+
+
+class Leaking(Toy):
+    def iteration(self, batch, rng):
+        t = torch.ones(len(batch))
+        yield Update("student", self.critic(self.student(batch.x0, t), t).square().mean())
+
+
+def test_a_loss_that_leaks_into_another_engine_is_refused(tmp_path):
+    with pytest.raises(UserError, match="leaked gradients into engine 'critic'.*fixed or .value"):
+        trained(tmp_path, Leaking)
+
+
+class Unequal(Toy):
+    def iteration(self, batch, rng):
+        t = torch.ones(len(batch))
+        name = "student" if batch.index[0] % 8 == 0 else "critic"
+        yield Update(name, getattr(self, name)(batch.x0, t).square().mean())
+
+
+def test_micro_batches_that_yield_unequal_updates_are_refused(tmp_path):
+    with pytest.raises(UserError, match="yield 'student' and 'critic'.*same_for_all"):
+        trained(tmp_path, Unequal, accumulate=4)
+
+
+class Misnamed(Toy):
+    def iteration(self, batch, rng):
+        yield Update("studnet", self.student(batch.x0, torch.ones(len(batch))).mean())
+
+
+def test_an_update_of_a_network_that_is_not_trained_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"'studnet' is not known \(did you mean 'student'\?\)"):
+        trained(tmp_path, Misnamed)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(tmp_path):
+    expected = small.weights(trained(tmp_path / "two", Toy, updates=2))
+    run = trainer(tmp_path / "fault", Toy, fault=2, checkpoint_every=1)
+    with pytest.raises(UserError, match=r"not finite at update 2 \(the last checkpoint is .*step_000002\)"):
+        run.fit()
+    assert largest_difference(small.weights(run), expected) == 0.0
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_where_the_recipe_says_so(tmp_path):
+    run = trained(tmp_path, Toy, fault=2, non_finite="skip")
+    assert all(torch.isfinite(value).all() for state in small.weights(run).values() for value in state.values())
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["skipped"] == 2  # student and critic
+
+
+class Staged(Toy):
+    networks = {"student": NetworkSpec()}
+
+    def stages(self):
+        yield TrainingStage("first", updates=2, values={"goal": 0.0})
+        plan = self.sampling(1)
+        yield TrainingStage("second", 3, {"teacher": "student"}, ("student",), Pairs(20, plan), {"goal": 1.0})
+
+    @property
+    def needs(self):
+        return methods.Needs(data="pairs")
+
+    def loss(self, batch, rng):
+        self.__dict__.setdefault("seen", []).append((self.stage.name, self.stage.values["goal"], batch.pair))
+        x = batch.x0 if batch.pair is None else batch.pair[1]
+        return (self.student(x, torch.ones(len(x)), batch.cond) - self.stage.values["goal"]).square().mean()
+
+    def iteration(self, batch, rng):
+        yield Update("student", self.loss(batch, rng))
+
+
+def test_stages_copy_restart_make_pairs_and_set_values(tmp_path):
+    run = trained(tmp_path, Staged)
+    assert [name for name, *_ in run.method.seen] == ["first"] * 2 + ["second"] * 3
+    assert run.method.seen[-1][1] == 1.0
+    z, x0_hat = run.method.seen[-1][2]
+    assert z.shape == x0_hat.shape == (16, 1, 8, 8)
+    assert run.engines["student"].updates == 3  # restarted after two
+    assert not torch.equal(run.modules["teacher"].net.last.weight, small.teacher().net.last.weight)
+
+
+def test_resuming_inside_a_later_stage_is_bit_for_bit(tmp_path):
+    expected = small.weights(trained(tmp_path / "whole", Staged))
+    run = trainer(tmp_path / "cut", Staged)
+    iterate = run.iterate
+
+    def interrupted():
+        iterate()
+        run._stop = run.step == 3
+
+    run.iterate = interrupted
+    with pytest.raises(Interrupted):
+        run.fit()
+    again = trained(tmp_path / "cut", Staged, resume=True)
+    assert largest_difference(small.weights(again), expected) == 0.0
+    assert [name for name, *_ in again.method.seen] == ["second"] * 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_update_and_leaves_a_checkpoint(tmp_path, number):
+    expected = small.weights(trained(tmp_path / "whole", Toy))
+    run = trainer(tmp_path / "cut", Toy)
+    iterate = run.iterate
+
+    def interrupted():
+        if run.step == 1:
+            os.kill(os.getpid(), number)
+        iterate()
+
+    run.iterate = interrupted
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted) as caught:
+        run.fit()
+    assert caught.value.code == 130
+    assert "after update 2 of 4" in str(caught.value) and "--resume" in str(caught.value)
+    assert (tmp_path / "cut/checkpoints/step_000002/manifest.json").exists()
+    assert signal.getsignal(number) is before
+    again = trained(tmp_path / "cut", Toy, resume=True)
+    assert largest_difference(small.weights(again), expected) == 0.0
+
+
+def test_the_artefact_holds_the_students_average_with_its_plans(tmp_path):
+    run = trainer(tmp_path, updates=2, sample_every=2)
+    assert run.run() == tmp_path
+    saved = artefact.load(tmp_path)
+    assert sorted(saved.plans) == [1, 2, 4] and saved.kind == "student" and saved.classes == 10
+    average = run.modules["sampling_average"].state_dict()
+    assert all(torch.equal(value, average[name]) for name, value in saved.denoiser.state_dict().items())
+    assert (tmp_path / "samples/step_000002.png").stat().st_size > 1000
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_the_optimiser_of_a_network_overrides_the_recipes(tmp_path):
+    class Slow(Toy):
+        networks = {"student": NetworkSpec(), "critic": NetworkSpec(optimizer=OptimizerConfig(lr=5e-5))}
+
+    run = trained(tmp_path, Slow, updates=1)
+    assert run.engines["critic"].torch_optimizer.param_groups[0]["lr"] == 5e-5
+    assert run.engines["student"].torch_optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_dropout_masks_do_not_depend_on_where_a_run_was_cut(tmp_path):
+    class Dropping(Toy):
+        networks = {"student": NetworkSpec(start=lambda built: MLP(64, width=16, classes=10, dropout=0.5))}
+
+        def iteration(self, batch, rng):
+            x = self.student(batch.x0, torch.ones(len(batch)), batch.cond)
+            yield Update("student", (x - batch.x0).square().mean())
+
+    expected = small.weights(trained(tmp_path / "whole", Dropping))
+    trained(tmp_path / "cut", Dropping, updates=2)
+    assert largest_difference(small.weights(trained(tmp_path / "cut", Dropping, resume=True)), expected) == 0.0
+
+
+def test_modules_are_plain_where_nothing_is_sharded(tmp_path):
+    run = trainer(tmp_path, Toy)
+    assert isinstance(run.method.student.module, nn.Module) and run.method.student.engine is None
