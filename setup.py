@@ -1,7 +1,7 @@
 """Builds and installs `fewstep` (engine/) and `fewstep_kernels` (kernels/) with the shared libraries in csrc/.
 
-csrc has a plain C ABI and needs only g++ (and nvcc for the CUDA half); no torch at build time. Where a compiler is missing the
-installation succeeds without that library and says so: plain torch then serves those operators.
+csrc has a plain C ABI and needs only g++ (and nvcc for the CUDA half); no torch at build time. Where a compiler is
+missing the installation succeeds without that library and says so: plain torch then serves those operators.
 """
 
 import os
@@ -26,7 +26,7 @@ CPU_FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unk
 INSTRUCTIONS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=256"],
-    "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c -mprefer-vector-width=512".split(),
+    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
 CUDA_ARCHITECTURES = ("80", "90", "100")
 CUDA_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden"]
@@ -48,10 +48,14 @@ class BuildLibraries(build_ext):
             build(target)
         except FileNotFoundError:
             if what == "CPU":
-                self._notice(f"no C++ operators: {needs} was not found, so plain torch serves the operators on the CPU (slower).")
+                self._notice(
+                    f"no C++ operators: {needs} was not found, so plain torch serves the operators on the CPU (slower)."
+                )
         except subprocess.CalledProcessError as error:
             lines = error.stderr.strip().splitlines() or ["no message"]
-            self._notice(f"no {what} operators: {needs} failed ({lines[0]}); plain torch serves in their place (slower).")
+            self._notice(
+                f"no {what} operators: {needs} failed ({lines[0]}); plain torch serves in their place (slower)."
+            )
         else:
             self.built.append(target)
 
@@ -84,7 +88,9 @@ class BuildLibraries(build_ext):
             raise FileNotFoundError("nvcc")
         targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
         targets.append(f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}")
-        self._place(target, [compiler, *CUDA_FLAGS, *targets, f"-I{CSRC / 'include'}", "-shared", "--threads", "2", *sources])
+        self._place(
+            target, [compiler, *CUDA_FLAGS, *targets, f"-I{CSRC / 'include'}", "-shared", "--threads", "2", *sources]
+        )
 
     def _place(self, target, command):
         """Written beside and renamed: a process that has the old library mapped keeps it whole."""

@@ -1,7 +1,8 @@
 """Which backend serves an operator on a device, and why.
 
 The device decides: C++ on the CPU; Triton on a GPU, CUDA C++ for `ema_update`; plain torch where those are missing.
-`FEWSTEP_KERNELS=reference|cpu|triton|cuda`, read once, asks for one backend wherever it has the operator and the device.
+`FEWSTEP_KERNELS=reference|cpu|triton|cuda`, read once, asks for one backend wherever it has the operator and the
+device.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Exponential moving averages of many tensors at once: `average <- average + (1 - decay) (parameter - average)`.
 
-Bytes moved at best: each parameter read once for all profiles, each average read and written once. Averages keep their own dtype; float32
-averages of bfloat16 parameters are usual. It does not help below some ten thousand elements, where one foreach call is as cheap.
+Bytes moved at best: each parameter read once for all profiles, each average read and written once. Averages keep their
+own dtype; float32 averages of bfloat16 parameters are usual. It does not help below some ten thousand elements, where
+one foreach call is as cheap.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backends, native
+from .layout import is_dense
 
 
 def reference(averages: Sequence[Tensor], parameters: Sequence[Tensor], decay: float) -> None:
@@ -26,14 +28,10 @@ def reference(averages: Sequence[Tensor], parameters: Sequence[Tensor], decay: f
             average.copy_(value)
 
 
-def _dense(x: Tensor) -> bool:
-    return x.is_contiguous() or torch._prims_common.is_non_overlapping_and_dense(x)
-
-
 def _fits(average: Tensor, parameter: Tensor) -> bool:
     """Whether one flat loop can run over both."""
     same = average.dtype in native.DTYPES and parameter.dtype in native.DTYPES
-    return same and average.stride() == parameter.stride() and _dense(parameter)
+    return same and average.stride() == parameter.stride() and is_dense(parameter.shape, parameter.stride())
 
 
 def _call_c(profiles: Sequence[Sequence[Tensor]], parameters: Sequence[Tensor], decays: Sequence[float]) -> None:
@@ -48,10 +46,11 @@ def _call_c(profiles: Sequence[Sequence[Tensor]], parameters: Sequence[Tensor], 
 
 def _profiles(averages: Sequence[Any], parameters: Sequence[Tensor], decay: float | Sequence[float]):
     """Lists of averages and their decays, checked."""
-    several = isinstance(decay, Sequence)
-    profiles, decays = (list(averages), list(decay)) if several else ([averages], [decay])
+    profiles, decays = (list(averages), list(decay)) if isinstance(decay, Sequence) else ([averages], [decay])
     if len(profiles) != len(decays):
-        raise ValueError(f"ema_update got {len(profiles)} lists of averages for {len(decays)} decays; pass one list each.")
+        raise ValueError(
+            f"ema_update got {len(profiles)} lists of averages for {len(decays)} decays; pass one list each."
+        )
     for rate in decays:
         if not 0.0 <= rate <= 1.0:
             raise ValueError(f"decay must be in [0, 1]; got {rate}.")
@@ -59,7 +58,11 @@ def _profiles(averages: Sequence[Any], parameters: Sequence[Tensor], decay: floa
         if len(profile) != len(parameters):
             raise ValueError(f"ema_update got {len(profile)} averages for {len(parameters)} parameters.")
         for average, parameter in zip(profile, parameters):
-            if not isinstance(average, Tensor) or average.shape != parameter.shape or average.device != parameter.device:
+            if (
+                not isinstance(average, Tensor)
+                or average.shape != parameter.shape
+                or average.device != parameter.device
+            ):
                 given = list(average.shape) if isinstance(average, Tensor) else type(average).__name__
                 raise ValueError(f"an average must match its parameter {list(parameter.shape)}; got {given}.")
     return profiles, decays
@@ -73,8 +76,8 @@ def ema_update(
 ) -> None:
     """Move averages towards parameters, in place.
 
-    averages: tensors like parameters, or, when decay is a sequence, one such list per decay. decay is in [0, 1]: 1 keeps the average,
-    0 copies the parameter exactly. Raises ValueError when lists, shapes, devices or decays do not fit.
+    averages: tensors like parameters, or, when decay is a sequence, one such list per decay. decay is in [0, 1]: 1
+    keeps the average, 0 copies the parameter exactly. Raises ValueError when lists, shapes, devices or decays do not fit.
     """
     parameters = list(parameters)
     profiles, decays = _profiles(averages, parameters, decay)

@@ -1,7 +1,8 @@
 """Per-sample inner products: `result[b, m, k] = sum_i left[m][b, i] right[k][b, i]`.
 
-What the gradient of `lincomb`'s coefficients needs. Every sample by itself; results in float32, float64 when any tensor is float64.
-Bytes moved at best: each tensor read once (C++ reads each left tensor again for every right one, from cache).
+What the gradient of `lincomb`'s coefficients needs. Every sample by itself; results in float32, float64 when any tensor
+is float64. Bytes moved at best: each tensor read once (C++ reads each left tensor again for every right one, from
+cache).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def reference(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
 def _call_c(left: Sequence[Tensor], right: Sequence[Tensor], out: Tensor) -> None:
     read, _ = layout.match([*left, *right], [torch.empty_like(left[0])])
-    values = []
+    values: list[int] = []
     for x in read:
         values += (x.data_ptr(), x.stride(0), native.DTYPES[x.dtype])
     batch, count = left[0].shape[0], math.prod(left[0].shape[1:])

@@ -14,9 +14,10 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[1:], x.stride()[1:]))
 
 
-def _is_dense(x: Tensor) -> bool:
+def is_dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the elements fill one stretch of memory, each once, in any order of dimensions."""
     expected = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(x.shape[1:], x.stride()[1:]) if size != 1):
+    for stride, size in sorted((stride, size) for size, stride in zip(sizes, strides) if size != 1):
         if stride != expected:
             return False
         expected *= size
@@ -44,12 +45,17 @@ def like_sample(model: Tensor, x: Tensor | None, dtype: torch.dtype) -> Tensor:
 def match(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs and outputs with one dense sample layout, the first output's; what differs is replaced by a copy.
 
-    An output is also replaced when it overlaps an input or another output other than exactly. The caller copies replaced outputs back.
+    An output is also replaced when it overlaps an input or another output other than exactly. The caller copies
+    replaced outputs back.
     """
     if all(x.is_contiguous() for x in inputs) and all(y.is_contiguous() for y in outputs):
         read, write = list(inputs), list(outputs)
     else:
-        model = outputs[0] if _is_dense(outputs[0]) else torch.empty(outputs[0].shape, device="meta")
+        model = (
+            outputs[0]
+            if is_dense(outputs[0].shape[1:], outputs[0].stride()[1:])
+            else torch.empty(outputs[0].shape, device="meta")
+        )
         wanted = _strides(model)
         if model.device.type == "meta":
             model = torch.empty(outputs[0].shape, dtype=outputs[0].dtype, device=outputs[0].device)
@@ -59,7 +65,9 @@ def match(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[list[Ten
         if any(_clash(y, other) for other in read) or any(_clash(y, z, same=True) for z in write[:i]):
             write[i] = like_sample(y, None, y.dtype)
         elif y.stride(0) < math.prod(y.shape[1:]) and y.shape[0] > 1:
-            raise ValueError(f"an output's samples overlap each other (batch stride {y.stride(0)}); pass a tensor with room for all.")
+            raise ValueError(
+                f"an output's samples overlap each other (batch stride {y.stride(0)}); pass a tensor with room for all."
+            )
     return read, write
 
 

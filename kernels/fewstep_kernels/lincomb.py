@@ -1,7 +1,9 @@
-"""Linear combinations of K tensors, M at a time: `out[m] = sum_k coefficients[(b,) m, k] inputs[k]`, optionally plus drawn noise.
+"""Linear combinations of K tensors, M at a time: `out[m] = sum_k coefficients[(b,) m, k] inputs[k]`, optionally plus
+drawn noise.
 
-Bytes moved at best: each input read once, each output written once; the noise costs none. Accumulation is float32 (float64 when any input is
-float64), in the order of the inputs. It does not help where a compiler already fuses the expression: there the reference is used.
+Bytes moved at best: each input read once, each output written once; the noise costs none. Accumulation is float32
+(float64 when any input is float64), in the order of the inputs. It does not help where a compiler already fuses the
+expression: there the reference is used.
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ except ImportError:
     triton = None
 
 _FLOATS = tuple(native.DTYPES)  # in the order of their codes
-MOST = {"cpu": (64, 64), "cuda": (16, 4), "triton": (32, 16)}  # inputs and outputs a backend takes; beyond, the reference
+MOST = {
+    "cpu": (64, 64),
+    "cuda": (16, 4),
+    "triton": (32, 16),
+}  # inputs and outputs a backend takes; beyond, the reference
 
 
 def _wide(inputs: Sequence[Tensor]) -> torch.dtype:
@@ -88,18 +94,23 @@ if triton is not None:
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < count
         table = coefficients + b * batch_stride
-        terms = ()
-        for k in tl.static_range(K):
-            terms = terms + (tl.load(inputs[k] + b * input_strides[k] + offsets, mask=inside).to(WIDE),)
-        if NOISE:
-            terms = terms + (triton_normal(tl.load(seeds + b), stream, start // 4, BLOCK).to(WIDE),)
+        totals = ()
+        for k in tl.static_range(K + NOISE):
+            if k < K:
+                # float32 first: the interpreter knows no other way out of bfloat16
+                x = tl.load(inputs[k] + b * input_strides[k] + offsets, mask=inside)
+                x = x.to(WIDE) if x.dtype == tl.float64 else x.to(tl.float32).to(WIDE)
+            else:
+                x = triton_normal(tl.load(seeds + b), stream, start // 4, BLOCK).to(WIDE)
+            sums = ()
+            for m in tl.static_range(M):
+                term = tl.load(table + m * row_stride + k * column_stride).to(WIDE) * x
+                sums = sums + (term if k == 0 else totals[m] + term,)  # type: ignore[assignment]  # noqa: RUF005
+            totals = sums
         for m in tl.static_range(M):
-            row = table + m * row_stride
-            total = tl.load(row).to(WIDE) * terms[0]
-            for k in tl.static_range(1, len(terms)):
-                total = total + tl.load(row + k * column_stride).to(WIDE) * terms[k]
             target = outputs[m] + b * output_strides[m] + offsets
-            tl.store(target, total.to(target.dtype.element_ty), mask=inside)
+            kind = target.dtype.element_ty
+            tl.store(target, totals[m] if kind == tl.float64 else totals[m].to(tl.float32).to(kind), mask=inside)
 
 
 def _call_triton(inputs, outputs, coefficients, seeds, stream) -> None:
@@ -132,7 +143,7 @@ def _call_triton(inputs, outputs, coefficients, seeds, stream) -> None:
 
 def _call_c(inputs, outputs, coefficients, seeds, stream) -> None:
     first = inputs[0]
-    values = []
+    values: list[int] = []
     for x in (*inputs, *outputs):
         values += (x.data_ptr(), x.stride(0), native.DTYPES[x.dtype])
     strides = coefficients.stride()
@@ -197,7 +208,7 @@ _raw_out = registration.define(
 
 
 class _Differentiable(torch.autograd.Function):
-    """Bilinear: the gradient of the inputs is a lincomb, that of the coefficients all inner products, the tangent one lincomb."""
+    """Bilinear: the inputs' gradient is a lincomb, the coefficients' all inner products, the tangent one lincomb."""
 
     @staticmethod
     def forward(coefficients, seeds, stream, dtypes, *inputs):
@@ -239,7 +250,9 @@ class _Differentiable(torch.autograd.Function):
             gradient = inner_products(given, right)  # [B, M', K]
             gradient = (gradient if coefficients.ndim == 3 else gradient.sum(0)).to(coefficients.dtype)
             if len(rows) < len(gradients):
-                gradient = torch.zeros_like(coefficients).index_copy(-2, torch.tensor(rows, device=live.device), gradient)
+                gradient = torch.zeros_like(coefficients).index_copy(
+                    -2, torch.tensor(rows, device=live.device), gradient
+                )
             result[0] = gradient
         return tuple(result)
 
@@ -288,7 +301,7 @@ class _Differentiable(torch.autograd.Function):
 
 @functools.cache
 def _differentiable():
-    """The autograd function as one node of a compiler's graph, should a compiler ever meet it. (Imports torch._dynamo: on first use.)"""
+    """The autograd function, one node of a compiler's graph should one meet it. Imports torch._dynamo: on first use."""
 
     @torch.compiler.allow_in_graph
     def apply(*arguments):
@@ -327,9 +340,8 @@ def _check(inputs, coefficients, noise_seeds, noise_stream, out, dtypes) -> None
     if dtypes is not None and (len(dtypes) != rows or any(d not in _FLOATS for d in dtypes)):
         raise ValueError(f"dtypes must name one floating-point dtype for each of {rows} outputs; got {list(dtypes)}.")
     if out is not None and (len(out) != rows or any(o.shape != first.shape or o.dtype not in _FLOATS for o in out)):
-        raise ValueError(
-            f"out must hold {rows} floating-point tensors of shape {list(first.shape)}; got {[list(o.shape) for o in out]}."
-        )
+        given = [list(o.shape) for o in out]
+        raise ValueError(f"out must hold {rows} floating-point tensors of shape {list(first.shape)}; got {given}.")
 
 
 def lincomb(
@@ -343,10 +355,11 @@ def lincomb(
 ) -> tuple[Tensor, ...]:
     """M linear combinations of K tensors in one pass.
 
-    inputs: K tensors of one shape [B, ...], any mix of floating dtypes and layouts. coefficients: [M, K] or [B, M, K]; with noise_seeds
-    (int64 [B]) one more, last, column for standard normal noise, equal to `normal(noise_seeds, shape, stream=noise_stream)`.
-    out: M tensors to write, which may be inputs; dtypes: the outputs' (default: out's, else the inputs' promoted dtype).
-    Differentiable in inputs and coefficients, forward and reverse. Raises TypeError/ValueError naming what does not fit.
+    inputs: K tensors of one shape [B, ...], any mix of floating dtypes and layouts. coefficients: [M, K] or [B, M, K];
+    with noise_seeds (int64 [B]) one more, last, column for standard normal noise, equal to `normal(noise_seeds, shape,
+    stream=noise_stream)`. out: M tensors to write, which may be inputs; dtypes: the outputs' (default: out's, else the
+    inputs' promoted dtype). Differentiable in inputs and coefficients, forward and reverse. Raises TypeError/ValueError
+    naming what does not fit.
     """
     _check(inputs, coefficients, noise_seeds, noise_stream, out, dtypes)
     if out is not None:
@@ -354,7 +367,9 @@ def lincomb(
     elif dtypes is None:
         dtypes = [functools.reduce(torch.promote_types, (x.dtype for x in inputs))] * coefficients.shape[-2]
     if out is not None and registration.differentiating((*inputs, coefficients, *out)):
-        raise ValueError("lincomb writes into out only where no derivative is taken; leave out=None or use torch.no_grad().")
+        raise ValueError(
+            "lincomb writes into out only where no derivative is taken; leave out=None or use torch.no_grad()."
+        )
     if registration.tracing() or backends.choose("lincomb", inputs[0].device.type)[0] == "reference":
         outputs = reference(inputs, coefficients, noise_seeds, noise_stream, dtypes)
         for target, value in zip(out or (), outputs):

@@ -64,7 +64,7 @@ def cuda() -> Library:
 
 
 def call(name: str, tensor: Tensor, *arguments: object) -> None:
-    """Call an operator's function in the library for the tensor's device, with its threads or its current stream as the last argument."""
+    """Call an operator in the library for the tensor's device; the last argument is its threads or current stream."""
     if tensor.device.type == "cuda":
         # Not yet run on a GPU: compiled and tested for its host side only.
         with torch.cuda.device(tensor.device):

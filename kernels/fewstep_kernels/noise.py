@@ -1,16 +1,16 @@
 """Counter-based random numbers: the same seed gives the same bits whatever the batch, the thread or the backend.
 
-Philox4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3"): the key is a sample's int64 seed, the counter is
-`(g_low, g_high, stream, 0)` with g = element // 4; the four words of a block serve elements 4g .. 4g+3, elements being
-numbered in row-major order inside the sample.
+Philox4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3"): the key is a sample's int64 seed,
+the counter is `(g_low, g_high, stream, 0)` with g = element // 4; the four words of a block serve elements 4g .. 4g+3,
+elements being numbered in row-major order inside the sample.
 
     uniform   word / 2^32, truncated to the bits the dtype holds, so it never reaches 1
     normal    Box-Muller on word pairs (w0, w1) and (w2, w3): sqrt(-2 log u) (cos 2 pi v, sin 2 pi v),
               u = (w + 1/2) / 2^32, v = w' / 2^32; |normal| < 6.77
 
-log, square root, sin and cos are fixed float64 sequences of +, -, * and / alone, which IEEE 754 rounds alike everywhere. Libraries' own
-functions differ in the last bit between vector bodies and tails (torch.sqrt in float64 is 1 ulp off for 1% of its arguments where MKL
-serves it). The float64 result is accurate to a few ulp and is then rounded.
+log, square root, sin and cos are fixed float64 sequences of +, -, * and / alone, which IEEE 754 rounds alike
+everywhere. Libraries' own functions differ in the last bit between vector bodies and tails (torch.sqrt in float64 is 1
+ulp off for 1% of its arguments where MKL serves it). The float64 result is accurate to a few ulp and is then rounded.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _UNIFORM_BITS = {torch.float64: 32, torch.float32: 24, torch.float16: 11, torch.
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox4x32. counter: four and key: two int64 tensors holding 32-bit words; returns four words alike."""
+    """Ten rounds of Philox4x32. counter (four) and key (two): int64 tensors holding 32-bit words; returns four such."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -77,7 +77,7 @@ def _log_uniform(word: Tensor) -> Tensor:
 
 
 def _square_root(x: Tensor) -> Tensor:
-    """x y, y = 1 / sqrt(x) by four Newton steps from a guess made of x's bits (relative error 3.4e-2, then its square, ...)."""
+    """x y, y = 1 / sqrt(x) by four Newton steps from a guess made of x's bits (error 3.4e-2, then its square, ...)."""
     y = (_ROOT_GUESS - (x.view(torch.int64) >> 1)).view(torch.float64)
     half = x * 0.5
     for _ in range(4):
@@ -127,8 +127,29 @@ if triton is not None:
     def _triton_box_muller(radius_word, turn_word):
         # The jit takes no tuples from outside: these are _ATANH, _SINE and _COSINE written out.
         atanh = (1 / 23, 1 / 21, 1 / 19, 1 / 17, 1 / 15, 1 / 13, 1 / 11, 1 / 9, 1 / 7, 1 / 5, 1 / 3, 1.0)
-        sines = (1 / 355687428096000, -1 / 1307674368000, 1 / 6227020800, -1 / 39916800, 1 / 362880, -1 / 5040, 1 / 120, -1 / 6, 1.0)
-        cosines = (-1 / 6402373705728000, 1 / 20922789888000, -1 / 87178291200, 1 / 479001600, -1 / 3628800, 1 / 40320, -1 / 720, 1 / 24, -1 / 2, 1.0)
+        sines = (
+            1 / 355687428096000,
+            -1 / 1307674368000,
+            1 / 6227020800,
+            -1 / 39916800,
+            1 / 362880,
+            -1 / 5040,
+            1 / 120,
+            -1 / 6,
+            1.0,
+        )
+        cosines = (
+            -1 / 6402373705728000,
+            1 / 20922789888000,
+            -1 / 87178291200,
+            1 / 479001600,
+            -1 / 3628800,
+            1 / 40320,
+            -1 / 720,
+            1 / 24,
+            -1 / 2,
+            1.0,
+        )
         u = (radius_word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
         bits = u.to(tl.int64, bitcast=True)
         exponent = (bits - 0x3FE6A09E667F3BCD) >> 52
@@ -193,7 +214,11 @@ if triton is not None:
             w0, w1, w2, w3 = _triton_words(seed, stream, start // 4 + tl.arange(0, BLOCK // 4))
             words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
             values = (words >> (32 - BITS)).to(tl.float64) * (1.0 / (1 << BITS))
-        tl.store(out + b * count + offsets, values.to(tl.float32).to(out.dtype.element_ty) if out.dtype.element_ty != tl.float64 else values, mask=offsets < count)
+        tl.store(
+            out + b * count + offsets,
+            values.to(tl.float32).to(out.dtype.element_ty) if out.dtype.element_ty != tl.float64 else values,
+            mask=offsets < count,
+        )
 
 
 def check_seeds(seeds: Tensor, stream: int, dtype: torch.dtype = torch.float32) -> None:
@@ -223,9 +248,7 @@ def _draw(kind: str, seeds: Tensor, count: int, stream: int, dtype: torch.dtype)
                 seeds, stream, out, count, blocks, BITS=bits, BLOCK=block, num_warps=4, enable_fp_fusion=False
             )
     else:
-        native.call(
-            kind, seeds, seeds.data_ptr(), len(seeds), count, stream, out.data_ptr(), native.DTYPES[dtype]
-        )
+        native.call(kind, seeds, seeds.data_ptr(), len(seeds), count, stream, out.data_ptr(), native.DTYPES[dtype])
     return out
 
 
@@ -246,7 +269,8 @@ def draw(kind: str, seeds: Tensor, count: int, stream: int, dtype: torch.dtype) 
 def normal(seeds: Tensor, shape: Sequence[int], *, stream: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal numbers [B, *shape], one independent sequence for each (seed, stream).
 
-    seeds: int64 [B]. Every sample's numbers depend on its own seed only. Raises TypeError/ValueError on other seeds or streams.
+    seeds: int64 [B]. Every sample's numbers depend on its own seed only. Raises TypeError/ValueError on other seeds or
+    streams.
     """
     check_seeds(seeds, stream, dtype)
     return draw("normal", seeds, math.prod(shape), stream, dtype).view(len(seeds), *shape)

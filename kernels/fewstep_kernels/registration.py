@@ -1,7 +1,8 @@
-"""How an operator meets torch: the raw operator, the guard that keeps it honest, and the choice between its three paths.
+"""How an operator meets torch: the raw operator, the guard that keeps it honest, and the choice between its three
+paths.
 
-Operators made with torch.library return ZERO tangents under torch.func.jvp without an error, and opcheck does not see it. So the raw operator
-refuses tangents and gradients, and the public function calls it only where there are none.
+Operators made with torch.library return ZERO tangents under torch.func.jvp without an error, and opcheck does not see
+it. So the raw operator refuses tangents and gradients, and the public function calls it only where there are none.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
 
     def guard(*arguments: Any) -> Any:
         for x in _tensors(arguments):
-            if torch.is_grad_enabled() and x.requires_grad or forward_ad.unpack_dual(x).tangent is not None:
+            if (torch.is_grad_enabled() and x.requires_grad) or forward_ad.unpack_dual(x).tangent is not None:
                 public = name.removeprefix("_").removesuffix("_out")
                 raise RuntimeError(
                     f"torch.ops.fewstep_kernels.{name} has no derivatives and would lose this one silently; "
