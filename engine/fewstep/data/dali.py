@@ -95,7 +95,7 @@ class DaliLoader(Loader):
         return images, self.folder.normalised(pixels)
 
     def _name_bad_file(self, error: Exception) -> None:
-        """Raise the UserError that names the file DALI stumbled over, found by reading those in its queue one by one."""
+        """Raise the UserError that names the file DALI stumbled over, by reading those in its queue one by one."""
         for step in range(self.step, self.step + _PREFETCH + 2):
             for image in self.order.images(step).tolist():
                 self.folder.read(image)

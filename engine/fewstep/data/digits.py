@@ -52,7 +52,7 @@ def _split(split: str) -> np.ndarray:
 
 
 def digits(split: str = "train") -> tuple[Tensor, Tensor]:
-    """One split: images float32 [N, 1, 8, 8] in [-1, 1] and labels int64 [N]; N is 1437 ("train") or 360 ("held_out")."""
+    """One split: images float32 [N, 1, 8, 8] in [-1, 1], labels int64 [N]; N is 1437 ("train") or 360 ("held_out")."""
     rows = _split(split)
     levels, labels = _levels()
     images = torch.from_numpy(levels[rows]).float().div(LEVELS / 2).sub(1)[:, None]

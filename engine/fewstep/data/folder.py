@@ -2,7 +2,7 @@
 
     <folder>/<class>/<name>.png     8-bit grey or RGB, all of one size
     <folder>/manifest.json          optional: format, image_shape [C, H, W], classes in label order, `white` (the byte
-                                    that means +1; 255 without a manifest), origin, the files in order with label and SHA-256
+                                    that means +1; 255 without a manifest), origin, files in order, label, SHA-256
 
 Without a manifest the classes are the sub-folders in sorted order and the files are sorted within them. A byte b
 becomes 2 b / white - 1. Images are used as they are: resize them beforehand.
@@ -118,7 +118,7 @@ def open_folder(path: str | Path) -> ImageFolder:
         labels += [label] * len(found)
     if not files:
         raise UserError(
-            f"the folder {str(path)!r} holds no image; it needs a sub-folder for each class with {', '.join(SUFFIXES)} files."
+            f"the folder {str(path)!r} holds no image; give each class a sub-folder with {', '.join(SUFFIXES)} files."
         )
     first = path / files[0]
     shape = _decode(first, _bytes(first), None).shape
@@ -141,7 +141,7 @@ def _from_manifest(path: Path) -> ImageFolder:
         white = int(content["white"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{str(path / MANIFEST)!r} is not a manifest of this version ({type(error).__name__}: {error}); write it again."
+            f"{str(path / MANIFEST)!r} is no manifest of this version ({type(error).__name__}: {error}); remake it."
         ) from error
     if len(shape) != 3 or shape[0] not in _MODES or not 1 <= white <= 255 or not files:
         raise UserError(f"{str(path / MANIFEST)!r} describes no 8-bit grey or RGB images; write it again.")

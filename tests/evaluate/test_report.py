@@ -1,0 +1,170 @@
+import copy
+import re
+
+import pytest
+
+from fewstep.errors import UserError
+from fewstep.evaluate.report import write_report
+
+
+def metrics(frechet, **more):
+    """Numbers for a test of the page alone; no sampler has scored them."""
+    return {
+        "count": 10000,
+        "guidance": 1.0,
+        "frechet": frechet,
+        "precision": 0.811,
+        "recall": 0.722,
+        "diversity": 0.933,
+        "accuracy": 0.944,
+        "seconds": 1.0,
+        "fidelity": {"rmse": 0.155, "psnr": 22.2, "class_agreement": 0.966, "count": 10000},
+        "copying": {
+            "copied": 0.012,
+            "threshold": 0.5,
+            "median_ratio": 0.877,
+            "real_median_ratio": 0.888,
+            "passes": True,
+        },
+        **more,
+    }
+
+
+RESULTS = {
+    "format": 1,
+    "machine": {"processor": "Testing <Processor>", "cores": 2, "memory_gib": 4.0},
+    "versions": {"torch": "9.9.9"},
+    "data": {"name": "test digits", "train": 1437, "held_out": 360, "split_seed": 1},
+    "measured": {
+        "samples": 10000,
+        "seed": 0,
+        "labels": "i mod 10",
+        "features": "test",
+        "classifier_accuracy": 0.98,
+        "resamples": 200,
+        "confidence": 0.95,
+        "neighbours": 3,
+        "most_folds": 10,
+        "reference": "teacher/64",
+    },
+    "floor": metrics(2.51),
+    "copying_control": {**metrics(0)["copying"], "copied": 1.0, "passes": False},
+    "teacher": {
+        "1": {"1": metrics(24.01), "4": metrics(11.02), "32": metrics(3.83)},
+        "1.5": {"32": metrics(5.94, guidance=1.5)},
+    },
+    "students": {
+        "dmd2": {"1": metrics(4.15), "4": metrics(3.96)},
+        "consistency": {"1": metrics(7.27), "4": metrics(4.38)},
+    },
+    "comparisons": [
+        {
+            "name_a": "dmd2/1",
+            "name_b": "teacher/32",
+            "a": 4.15,
+            "b": 3.83,
+            "difference": 0.32,
+            "ratio": 1.084,
+            "difference_interval": [0.21, 0.43],
+            "ratio_interval": [1.051, 1.117],
+            "confidence": 0.95,
+            "bound": 1.5,
+            "holds": True,
+        }
+    ],
+    "samples": {"teacher/1": "AAAA", "dmd2/1": "BBBB", "held out": "CCCC"},
+    "losses": {"dmd2": {"student": [[1, 2.0], [2, 1.5]], "critic": [[1, 0.5], [2, float("nan")]]}},
+    "latency": {
+        "rows": [
+            {
+                "model": model,
+                "evaluations": evaluations,
+                "guidance": None,
+                "runner": "eager",
+                "batch": batch,
+                "p50_ms": p50,
+                "p90_ms": 1.2 * p50,
+                "p99_ms": 1.4 * p50,
+                "images_per_second": 1000 * batch / p50,
+                "speedup_over_eager_teacher": 64.0 / p50,
+            }
+            for model, evaluations, p50 in (("teacher", 32, 64.0), ("student", 1, 2.0))
+            for batch in (1, 16)
+        ],
+        "skipped": [{"runner": "onnx", "reason": "it is not installed"}],
+        "threads": 2,
+    },
+}
+
+
+@pytest.fixture
+def page(tmp_path):
+    return write_report(RESULTS, tmp_path / "new" / "report.html").read_text()
+
+
+def test_the_page_reaches_for_nothing_outside_itself(page):
+    assert not re.search(
+        r"(?:https?:)?//[a-z]|<script|@import|url\(|<link|<iframe", page.replace("<!doctype html>", "")
+    )
+    assert re.findall(r'src="([^"]{0,22})', page) == ["data:image/png;base64,"] * 3
+
+
+def test_the_page_holds_all_the_numbers(page):
+    for number in (
+        "24.01",
+        "11.02",
+        "3.83",
+        "5.94",
+        "4.15",
+        "7.27",
+        "4.38",
+        "2.51",
+        "0.811",
+        "0.722",
+        "0.933",
+        "0.944",
+    ):
+        assert f">{number}<" in page
+    for words in (
+        "0.155",
+        "22.2",
+        "1.051 to 1.117",
+        "+0.21 to +0.43",
+        "≤ 1.5",
+        "32.0×",
+        "76.8",
+        "32× faster",
+        "10,000",
+    ):
+        assert words in page
+    for words in ("Testing &lt;Processor&gt;", "9.9.9", "it is not installed", "i mod 10", "1437 to train on", "fails"):
+        assert words in page
+
+
+def test_the_headline_compares_one_evaluation_with_the_teachers_32(page):
+    headline = re.search("<h1>(.*?)</h1>", page)[1]
+    assert headline == (
+        "With one network evaluation the DMD2 student scores a Fréchet distance of 4.15; its teacher needs 32 for 3.83."
+    )
+
+
+def test_curves_run_down_where_numbers_fall_and_the_floor_is_the_lowest_line(page):
+    curve = page[page.index("Quality against") : page.index("Fidelity against")]
+    points = [float(pair.split(",")[1]) for pair in re.search('points="([^"]+)"', curve)[1].split()]
+    assert points == sorted(points) and len(points) == 3
+    floor = float(re.search(r'y1="([\d.]+)"[^>]*stroke="var\(--soft\)"', curve)[1])
+    assert floor > max(points)  # SVG's y grows downward
+
+
+@pytest.mark.parametrize("missing", [*RESULTS, "all"])
+def test_a_page_is_drawn_whatever_is_missing(tmp_path, missing):
+    results = (
+        {} if missing == "all" else {key: value for key, value in copy.deepcopy(RESULTS).items() if key != missing}
+    )
+    assert "</html>" in write_report(results, tmp_path / "report.html").read_text()
+
+
+def test_an_unwritable_place_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        write_report(RESULTS, tmp_path / "file" / "report.html")
