@@ -30,7 +30,10 @@ class _Section(BaseModel):
 
 
 class DataConfig(_Section):
-    """Where images come from. source: "digits" or a folder of images; batch_size: global, over all ranks and micro-batches."""
+    """Where images come from.
+
+    source: "digits" or a folder of images; batch_size: global, over all ranks and micro-batches.
+    """
 
     source: str = "digits"
     loader: Literal["torch", "dali"] = "torch"
@@ -39,7 +42,7 @@ class DataConfig(_Section):
 
 
 class EmaConfig(_Section):
-    """The sampling average of the student: decay after each of its updates, min(decay, (1 + n) / (10 + n)) with warmup."""
+    """The sampling average of the student: its decay at each update, min(decay, (1 + n) / (10 + n)) with warmup."""
 
     decay: Fraction = 0.999
     warmup: bool = True
@@ -250,9 +253,8 @@ def _sentence(model: type[BaseModel], error: ValidationError, content: Mapping[s
     key = ".".join(([prefix] if prefix else []) + path)
     kind, context, value = first["type"], first.get("ctx", {}), first["input"]
     if kind == "extra_forbidden":
-        return choose(
-            "key" if not prefix and len(path) == 1 else f"{key.rpartition('.')[0]} key", path[-1], _keys(model, path)
-        )
+        section = key.rpartition(".")[0]
+        return choose("key", key, [f"{section}.{name}" if section else name for name in _keys(model, path)])
     if kind == "missing":
         return UserError(f"{key} is missing; a recipe must give it.")
     if kind == "literal_error":

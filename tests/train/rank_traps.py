@@ -219,7 +219,7 @@ def two_engines_over_one_base():
 
 
 def unused_role(stage):
-    """Trap 7, another: a role of a shared engine that a loss does not use still moves (here by weight decay and momentum)."""
+    """Trap 7, another: a role of a shared engine that a loss does not use still moves (here by weight decay)."""
     config = OptimizerConfig(lr=1e-2, weight_decay=0.5)
     used, unused = nets(4, 4)
     before = copy.deepcopy(unused)

@@ -103,7 +103,7 @@ def test_starting_anew_sets_earlier_checkpoints_aside(tmp_path):
 def test_a_checkpoint_of_another_method_is_refused(tmp_path):
     trainer(tmp_path, updates=2).fit()
     with pytest.raises(
-        UserError, match="method.name is 'dmd2' but the checkpoint of update 2 was made with 'consistency"
+        UserError, match=r"method.name is 'dmd2' but the checkpoint of update 2 was made with 'consistency"
     ):
         trainer(tmp_path, "dmd2", resume=True)
 

@@ -61,9 +61,9 @@ def test_overrides_reach_any_depth_and_are_yaml(tmp_path):
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("train.udpates=3", ["train", "'udpates'", "did you mean 'updates'", "accumulate"]),
+        ("train.udpates=3", ["train", "'train.udpates'", "did you mean 'train.updates'", "accumulate"]),
         ("metod.name=x", ["'metod'", "did you mean 'method'"]),
-        ("method.ema_decay=0.9", ["method", "'ema_decay'", "target_decay"]),
+        ("method.ema_decay=0.9", ["'method.ema_decay'", "target_decay"]),
         ("method.target_decay=2", ["method.target_decay", "2", "less than 1"]),
         ("method.name=consistency_distilation", ["method.name", "did you mean 'consistency_distillation'", "dmd2"]),
         ("train.updates=many", ["train.updates", "'many'", "whole number"]),

@@ -104,7 +104,7 @@ class Leaking(Toy):
 
 
 def test_a_loss_that_leaks_into_another_engine_is_refused(tmp_path):
-    with pytest.raises(UserError, match="leaked gradients into engine 'critic'.*fixed or .value"):
+    with pytest.raises(UserError, match=r"leaked gradients into engine 'critic'.*fixed or .value"):
         trained(tmp_path, Leaking)
 
 
@@ -116,7 +116,7 @@ class Unequal(Toy):
 
 
 def test_micro_batches_that_yield_unequal_updates_are_refused(tmp_path):
-    with pytest.raises(UserError, match="yield 'student' and 'critic'.*same_for_all"):
+    with pytest.raises(UserError, match=r"yield 'student' and 'critic'.*same_for_all"):
         trained(tmp_path, Unequal, accumulate=4)
 
 

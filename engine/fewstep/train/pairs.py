@@ -40,7 +40,7 @@ def make(
     batch: int,
     device: torch.device,
 ) -> PairSet:
-    """Run the network along the plan from `count` noises, labels taken in turn. Every rank makes all, equal to the bit."""
+    """Run the network along the plan from `count` noises, labels in turn. Every rank makes all, equal to the bit."""
     noises, images, labels = [], [], []
     for first in range(0, request.count, batch):
         numbers = torch.arange(first, min(first + batch, request.count), device=device)

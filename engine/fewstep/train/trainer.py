@@ -1,7 +1,7 @@
 """The training loop. It knows no method: a method is a generator of updates, and this runs them.
 
-The order of one update: the micro-batches' generators advance in lockstep, each loss is sent backward through the engine of
-the network it names, the engine clips and steps, averages follow, and the generators resume with the new weights.
+In one update the micro-batches' generators advance in lockstep, each loss is sent backward through the engine of the
+network it names, the engine clips and steps, averages follow, and the generators resume with the new weights.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def train(recipe: Any, *, resume: bool = False) -> Path:
 class Trainer:
     """One run of one recipe.
 
-    `teacher`, `loader` and `method` replace what the recipe names (for studies and tests); `run` trains and saves the artefact,
-    `fit` trains only. After either, `modules` holds every network by name.
+    `teacher`, `loader` and `method` replace what the recipe names (for studies and tests); `run` trains and saves the
+    artefact, `fit` trains only. After either, `modules` holds every network by name.
     """
 
     def __init__(
@@ -230,7 +230,8 @@ class Trainer:
             raise UserError(f"method {method.name!r} needs a teacher; set teacher to an artefact folder.")
         if method.needs.tangent and not self.strategy.exact_tangents:
             raise UserError(
-                f"method {method.name!r} takes tangents (forward mode), which ZeRO-3 cannot; set train.zero_stage to 1 or 2."
+                f"method {method.name!r} takes tangents (forward mode), which ZeRO-3 cannot; "
+                "set train.zero_stage to 1 or 2."
             )
         if teacher is not None:
             method.schedule, method.prediction = teacher.schedule, teacher.prediction
@@ -307,7 +308,7 @@ class Trainer:
             self.pairs = pairs.make(stage.make, network, shape, self.classes, self.recipe.seed, size, device)
 
     def _update(self, runs: list[Iterator[Update]]) -> bool:
-        """Advance every micro-batch to its next update and take one optimiser step; False when the iteration is over."""
+        """Advance all micro-batches to their next update and take one optimiser step; False at the iteration's end."""
         named: str | None = None
         for position, run in enumerate(runs):
             update = next(run, None)
@@ -364,8 +365,8 @@ class Trainer:
         last = checkpoint.listed(self.output / "checkpoints")
         kept = f"the last checkpoint is {last[-1][1]}" if last else "there is no checkpoint yet"
         return (
-            f"the gradient of engine {engine!r} is not finite at update {self.step} ({kept}); lower train.optimizer.lr, raise "
-            "train.warmup, or set train.non_finite=skip."
+            f"the gradient of engine {engine!r} is not finite at update {self.step} ({kept}); "
+            "lower train.optimizer.lr, raise train.warmup, or set train.non_finite=skip."
         )
 
     def _log(self) -> None:
@@ -467,7 +468,8 @@ class Trainer:
                 self.modules[name].load_state_dict(found.parts[part])
             except RuntimeError:
                 raise UserError(
-                    f"the checkpoint's network {name!r} has other parameters than the recipe's; use the recipe it came from."
+                    f"the checkpoint's network {name!r} has other parameters than the recipe's; "
+                    "use the recipe it came from."
                 ) from None
 
     def _restore(self, found: Checkpoint) -> None:

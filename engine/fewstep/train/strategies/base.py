@@ -155,10 +155,10 @@ class Strategy(ABC):
         """Whether the flag is set on any rank."""
         return flag
 
-    def barrier(self) -> None:
+    def barrier(self) -> None:  # noqa: B027
         """Wait for every rank."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Leave the group of processes."""
 
 

@@ -1,7 +1,7 @@
 """Data parallel: every rank holds everything; gradients are averaged while the last micro-batch's backward runs.
 
-Not `torch.nn.parallel.DistributedDataParallel`: its reducer expects one forward a backward and knows no frozen calls, while a
-method calls a network several times, nested, and in two ways. Hooks on the parameters need to know neither.
+Not `torch.nn.parallel.DistributedDataParallel`: its reducer expects one forward a backward and knows no frozen calls,
+while a method calls a network several times, nested, and in two ways. Hooks on the parameters need to know neither.
 """
 
 from __future__ import annotations

@@ -61,11 +61,11 @@ class Roles(nn.Module):
 
 
 class ZeroNetwork(Network):
-    """A network whose parameters are shared out (stage 3): no forward mode, and taps that tell DeepSpeed of their backward.
+    """A network whose parameters are shared out (stage 3): no forward mode, and taps that announce their backward.
 
-    DeepSpeed fetches a module's parameters when the gradient enters its outputs and releases them when it leaves by its inputs.
-    A tap enters in the middle, so that the modules around it would be released without a fetch, which raises; here the tap's
-    gradient passes the entrances of those modules first.
+    DeepSpeed fetches a module's parameters when the gradient enters its outputs and releases them when it leaves by
+    its inputs. A tap enters in the middle, so that the modules around it would be released without a fetch, which
+    raises; here the tap's gradient passes the entrances of those modules first.
     """
 
     def __init__(
@@ -92,7 +92,8 @@ class ZeroNetwork(Network):
 
     def tangent(self, primals: Sequence[Tensor], tangents: Sequence[Tensor], **named: Any) -> tuple[Tensor, Tensor]:
         raise UserError(
-            "a tangent (forward mode) cannot be taken under train.zero_stage 3, whose hooks raise; set train.zero_stage to 1 or 2."
+            "a tangent (forward mode) cannot be taken under train.zero_stage 3, whose hooks raise; "
+            "set train.zero_stage to 1 or 2."
         )
 
 

@@ -32,7 +32,7 @@ def launched() -> bool:
 
 
 def start(recipe: Recipe) -> Strategy:
-    """The strategy the recipe names, its group of processes joined. Raises `UserError` where they do not fit the recipe."""
+    """The strategy the recipe names, its processes joined. Raises `UserError` where they do not fit the recipe."""
     train = recipe.train
     rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched() else (0, 1)
     device = _device(train.device, int(os.environ.get("LOCAL_RANK", rank)))
@@ -60,7 +60,7 @@ def start(recipe: Recipe) -> Strategy:
 def launch(recipe: Recipe, resume: bool) -> None:
     """Run the recipe in `train.ranks` local processes and wait; Ctrl-C and SIGTERM are handed on to them.
 
-    Raises SystemExit with the code of the first process that failed (which has said why), 130 when they were interrupted.
+    Raises SystemExit with the code of the first process that failed (which has said why), 130 after an interruption.
     """
     with tempfile.TemporaryDirectory(prefix="fewstep-") as folder:
         path = Path(folder) / "recipe.json"

@@ -15,8 +15,9 @@ from fewstep.train.strategies.base import MOMENTS, Engine, Strategy, norm_of
 class LocalEngine(Engine):
     """Whole parameters and whole optimiser states in this process.
 
-    The clip factor and the flag of a non-finite norm go into torch's fused optimiser as its gradient scale and `found_inf`, so
-    that a step takes no extra pass and never waits for the device: a non-finite norm leaves weights and state untouched.
+    The clip factor and the flag of a non-finite norm go into torch's fused optimiser as its gradient scale and
+    `found_inf`, so that a step takes no extra pass and never waits for the device: a non-finite norm leaves weights and
+    state untouched.
     """
 
     def __init__(self, *given: Any) -> None:

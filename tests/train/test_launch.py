@@ -1,0 +1,101 @@
+"""`train.strategy` and `train.ranks` in a recipe are all it takes; a launcher's processes are used where there are some."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fewstep_kernels
+import pytest
+import torch
+import yaml
+
+import fewstep
+from fewstep import artefact, config
+from fewstep.errors import UserError
+from fewstep.train import checkpoint, train
+from fewstep.train.strategies import start
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+
+def recipe(folder, **section):
+    content = {
+        "name": "launched",
+        "network": {"name": "mlp", "dim": 64, "width": 16, "classes": 10},
+        "schedule": {"name": "edm"},
+        "prediction": {"kind": "edm", "sigma_data": 0.5},
+        "method": {"name": "denoising"},
+        "data": {"batch_size": 16},
+        "train": {"device": "cpu", "updates": 4, "checkpoint_every": 2, **section},
+        "output": str(folder / "run"),
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def environment(**more):
+    sources = [str(Path(package.__file__).parents[1]) for package in (fewstep, fewstep_kernels)]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sources), **more}
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "fewstep", "train", *map(str, arguments)]
+
+
+@needs_deepspeed
+def test_two_ranks_from_a_recipe_are_interrupted_together_and_resume_to_the_same_numbers(tmp_path):
+    path = recipe(tmp_path, strategy="deepspeed", zero_stage=3, ranks=2, updates=100_000, checkpoint_every=5)
+    running = subprocess.Popen(command(path), env=environment(), stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "run/checkpoints"
+    deadline = time.monotonic() + 60
+    while not checkpoint.listed(folder) and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, shown = running.communicate(timeout=30)
+    assert running.returncode == 130, shown
+    assert shown.count("interrupted after update") == 1 and "--resume" in shown and "Traceback" not in shown
+    at, problems = checkpoint.newest_good(folder)
+    assert not problems
+    more = [f"train.updates={at + 2}", "train.strategy=single", "train.ranks=1"]  # a checkpoint knows no strategy
+    train(config.load(path, more), resume=True)
+    assert artefact.load(tmp_path / "run").provenance["updates"] == at + 2
+
+
+def test_torchrun_ranks_train_one_artefact(tmp_path):
+    path = recipe(tmp_path, strategy="ddp")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fewstep"]
+    done = subprocess.run(
+        [*torchrun, "train", str(path)], env=environment(), capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    train(config.load(path, ["train.strategy=single", f"output={tmp_path / 'alone'}"]))
+    states = [artefact.load(tmp_path / name).denoiser.state_dict() for name in ("run", "alone")]
+    for name, value in states[0].items():
+        assert torch.allclose(value, states[1][name], atol=1e-5)  # sums over ranks in another order
+
+
+@pytest.mark.parametrize(
+    ("variables", "section", "part"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, {}, "'single' was launched with 2 processes"),
+        ({"RANK": "0", "WORLD_SIZE": "3"}, {"strategy": "ddp"}, "not divisible by 3 ranks"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            {"strategy": "ddp", "ranks": 4},
+            "train.ranks is 4 but the launcher started 2",
+        ),
+        ({}, {"device": "cuda"}, "torch sees no CUDA device"),
+    ],
+)
+def test_processes_that_do_not_fit_the_recipe_are_refused(tmp_path, monkeypatch, variables, section, part):
+    if "device" in section and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=part):
+        start(config.load(recipe(tmp_path, **section)))
