@@ -301,8 +301,13 @@ def test_a_student_that_serves_four_steps_is_asked_exactly_where_the_simulation_
     assert {steps: plan.evaluations for steps, plan in plans.items()} == {1: 1, 2: 2, 4: 4}
     assert all(plan.times[0] == 80.0 and plan.stages[-1].target == 0.0 for plan in plans.values())
     batch = labelled(torch.arange(16))
-    rng = Rng(0, 3, batch.index)
-    seeds, noise = Rng(0, 3, batch.index).seeds("renoise"), Rng(0, 3, batch.index).normal(batch.x0, "start")
-    steps, n = [(k, i) for k in (1, 2, 4) for i in range(k)][Rng(0, 3, batch.index).same_for_all(0, 7)]
-    whole = execute(plans[steps], method.student, noise, cond=batch.cond, seeds=seeds, record=("denoised",))
-    torch.testing.assert_close(method.generated(batch, rng, "none"), whole.recorded["denoised"][n])
+    branches = [(k, i) for k in (1, 2, 4) for i in range(k)]
+    met = set()
+    for step in range(24):
+        rng, keys = Rng(0, step, batch.index), Rng(0, step, batch.index)
+        steps, n = branches[keys.same_for_all(0, 7)]
+        noise, seeds = keys.normal(batch.x0, "start"), keys.seeds("renoise")
+        whole = execute(plans[steps], method.student, noise, cond=batch.cond, seeds=seeds, record=("denoised",))
+        torch.testing.assert_close(method.generated(batch, rng, "none"), whole.recorded["denoised"][n])
+        met.add((steps, n))
+    assert met == set(branches)
