@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Sequence
 
 from fewstep.diffusion.schedules import Schedule
-from fewstep.errors import choose
+from fewstep.errors import UserError, choose
 from fewstep.solvers import rows
 from fewstep.solvers.grids import is_clean
 from fewstep.solvers.plans import Row
@@ -28,6 +28,11 @@ def heun(schedule: Schedule, times: Sequence[float], *, coordinate: str | None =
         coordinate = "flow" if schedule.name == "flow" else "ratio"
     if coordinate not in COORDINATES:
         raise choose("coordinate of solver 'heun',", coordinate, COORDINATES)
+    if coordinate == "ratio" and schedule.alpha(max(times[0], times[-1])) == 0:
+        raise UserError(
+            f"solver 'heun' divides by alpha, and alpha is zero at t={max(times[0], times[-1])!r}; "
+            "use coordinate='flow', or start at a smaller t_max."
+        )
     table = []
     for step, (t, s) in enumerate(itertools.pairwise(times)):
         of_x, of_denoised = rows.jump(schedule, t, s)

@@ -19,7 +19,7 @@ from fewstep.diffusion import prediction as predictions
 from fewstep.diffusion import schedules
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import Schedule
-from fewstep.errors import UserError
+from fewstep.errors import UserError, choose
 
 FORMAT = "fewstep.plan/1"
 
@@ -163,6 +163,10 @@ def _stage(data: Mapping[str, Any]) -> Stage:
         raise UserError(
             f"a stage of this plan has {len(matrix)} rows for outputs {stage.outputs} and inputs {stage.inputs}."
         )
+    known = (*_ORDER, "noise")
+    for name in (*stage.inputs, *(output for output in stage.outputs if output != "input")):
+        if name not in known:
+            raise choose("register", name, known)
     return stage
 
 

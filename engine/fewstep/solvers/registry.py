@@ -114,7 +114,7 @@ def _shown(grid: grids.Grid | None, times: Sequence[float]) -> Any:
 
 
 def _per_step(guidance: float | Sequence[float | None] | None, steps: int) -> list[float | None]:
-    given = list(guidance) if isinstance(guidance, Sequence) else [guidance] * steps
+    given = list(guidance) if isinstance(guidance, Sequence) and not isinstance(guidance, str) else [guidance] * steps
     if len(given) != steps:
         raise UserError(f"guidance has {len(given)} entries for {steps} steps; give one number, or one per step.")
     for value in given:
