@@ -51,7 +51,7 @@ def held(run):
     module = run.modules["teacher"]
     own = sum(p.numel() for p in module.parameters())
     whole = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
-    shards = sum(shard.numel() for shard in run.strategy.shards(module))
+    shards = sum(shard.numel() for shard in run.strategy.shards(list(module.parameters())))
     return {"resident": own, "shards": shards, "whole": whole}
 
 

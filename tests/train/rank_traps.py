@@ -95,7 +95,8 @@ def frozen_teacher():
     wrong = home._engines[id(held)]
     result = {
         "module": (x.grad - expected).abs().max().item(),
-        "share": sum(shard.numel() for shard in home.shards(held)) / sum(p.numel() for p in reference.parameters()),
+        "share": sum(shard.numel() for shard in home.shards(list(held.parameters())))
+        / sum(p.numel() for p in reference.parameters()),
     }
 
     def twice():

@@ -1,4 +1,4 @@
-"""`train.strategy` and `train.ranks` in a recipe are all it takes; a launcher's processes are used where there are some."""
+"""`train.strategy` and `train.ranks` in a recipe are all it takes; a launcher's processes are used."""
 
 import importlib.util
 import os
@@ -8,12 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import fewstep_kernels
 import pytest
 import torch
 import yaml
 
 import fewstep
+import fewstep_kernels
 from fewstep import artefact, config
 from fewstep.errors import UserError
 from fewstep.train import checkpoint, train

@@ -30,7 +30,7 @@ class Averages:
 
     def __init__(self, strategy: Strategy, modules: Mapping[str, nn.Module], averages: list[Average]) -> None:
         self.strategy = strategy
-        self.modules = modules
+        self._parameters = {name: list(module.parameters()) for name, module in modules.items()}
         self.by_source: dict[str, list[Average]] = {}
         for average in averages:
             self.by_source.setdefault(average.source, []).append(average)
@@ -40,8 +40,8 @@ class Averages:
         followers = self.by_source.get(network)
         if not followers:
             return
-        parameters = self.strategy.shards(self.modules[network])
-        held = [self.strategy.shards(self.modules[average.name]) for average in followers]
+        parameters = self.strategy.shards(self._parameters[network])
+        held = [self.strategy.shards(self._parameters[average.name]) for average in followers]
         fk.ema_update(held, parameters, [average.next_decay() for average in followers])
         for average in followers:
             average.updates += 1

@@ -156,7 +156,7 @@ class Trainer:
     def iterate(self) -> None:
         """One iteration of the method on one global batch."""
         seed = (self.recipe.seed * 0x9E3779B1 + self.step * 0x85EBCA77 + self.strategy.rank) % 2**63
-        torch.manual_seed(seed)  # dropout: nothing carries over, so resuming is exact
+        _seed(seed, self.strategy.device)  # dropout: nothing carries over, so resuming is exact
         batch = self._batch()
         count = self.recipe.train.accumulate
         size = len(batch) // count
@@ -509,6 +509,13 @@ class _signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """`torch.manual_seed` for the generators in use, without its search of all devices (0.3 ms)."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _scheduled(section: dict[str, Any]) -> dict[str, Any]:

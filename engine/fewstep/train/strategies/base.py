@@ -135,9 +135,9 @@ class Strategy(ABC):
         """The home of a network that is never trained (a teacher, an average)."""
         return module
 
-    def shards(self, module: nn.Module) -> list[Tensor]:
-        """The part of every parameter this rank holds; modules of one architecture give matching lists."""
-        return [p.detach() for p in module.parameters()]
+    def shards(self, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
+        """The part of each parameter this rank holds; modules of one architecture give matching lists."""
+        return parameters
 
     def gather(self, module: nn.Module) -> dict[str, Tensor]:
         """The whole state on the CPU (on the leading rank; others may get less); every rank takes part."""
@@ -164,7 +164,7 @@ class Strategy(ABC):
 
 def copy_module(strategy: Strategy, source: nn.Module, destination: nn.Module) -> None:
     """Copy the parameters and buffers of one module into another of the same architecture."""
-    ours, theirs = strategy.shards(destination), strategy.shards(source)
+    ours, theirs = (strategy.shards(list(module.parameters())) for module in (destination, source))
     with torch.no_grad():
         for mine, other in zip(ours, theirs, strict=True):
             mine.copy_(other)

@@ -267,10 +267,8 @@ class DeepSpeed(Ddp):
         self._engines[id(module)] = engine
         return module
 
-    def shards(self, module: nn.Module) -> list[Tensor]:
-        if self.stage < 3:
-            return super().shards(module)
-        return [p.ds_tensor.detach() if hasattr(p, "ds_tensor") else p.detach() for p in module.parameters()]
+    def shards(self, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
+        return parameters if self.stage < 3 else [getattr(p, "ds_tensor", p) for p in parameters]
 
     def gather(self, module: nn.Module) -> dict[str, Tensor]:
         if self.stage < 3:
