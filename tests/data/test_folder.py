@@ -80,7 +80,7 @@ def test_missing_and_escaping_files_are_refused_at_opening(folder):
     with pytest.raises(UserError, match="outside its folder"):
         open_folder(folder)
     (folder / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match="not a manifest of this version"):
+    with pytest.raises(UserError, match="is no manifest of this version"):
         open_folder(folder)
 
 

@@ -71,9 +71,9 @@ class DaliLoader(Loader):
         with self._pipeline:
             paths, images = fn.external_source(source=source, num_outputs=2, batch=True)
             pixels = fn.decoders.image(
-                fn.io.file.read(paths),
+                fn.io.file.read(paths),  # type: ignore[attr-defined]
                 device="mixed" if gpu else "cpu",
-                output_type=types.GRAY if self.image_shape[0] == 1 else types.RGB,
+                output_type=types.GRAY if self.image_shape[0] == 1 else types.RGB,  # type: ignore[attr-defined]
             )
             self._pipeline.set_outputs(pixels, images)
         self._pipeline.build()

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +26,7 @@ from fewstep.data import cache
 from fewstep.data.digits import CLASSES, SPLIT_SEED, digits
 
 DIMENSIONS = 64
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "architecture": "conv16 conv32/2 linear64 linear10, SiLU",
     "split_seed": SPLIT_SEED,
     "seed": 0,

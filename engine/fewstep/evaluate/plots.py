@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 Point = tuple[float, float]
 COLOURS = 5
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 14, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 14, 50
 
 
 def colour(number: int) -> str:
@@ -49,7 +49,7 @@ def lines(
         level = up(floor[0])
         parts.append(
             f'<line x1="{_LEFT}" x2="{width - _RIGHT}" y1="{level:.1f}" y2="{level:.1f}" stroke="var(--soft)" '
-            f'stroke-dasharray="5 4"/><text x="{width - _RIGHT}" y="{level - 6:.1f}" text-anchor="end">'
+            f'stroke-dasharray="5 4"/><text x="{width - _RIGHT}" y="{level + 16:.1f}" text-anchor="end">'
             f"{html.escape(floor[1])}</text>"
         )
     for number, (name, points) in enumerate(kept.items()):

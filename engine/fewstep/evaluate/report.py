@@ -44,7 +44,7 @@ def write_report(results: Mapping[str, Any], out: str | Path) -> Path:
     """Draw the report into the file `out`, written beside and renamed; UserError where that is not writable."""
     out = Path(out)
     template = importlib.resources.files(__package__).joinpath("report_template.html").read_text(encoding="utf-8")
-    sections = (_head, _samples, _quality, _guidance, _losses, _latency, _comparisons, _numbers, _copying, _measured)
+    sections = (_head, _samples, _curves, _losses, _latency, _comparisons, _numbers, _copying, _measured)
     body = "\n".join(section(results) for section in sections)
     page = Template(template).substitute(title="fewstep: what the students can do", body=body)
     partial = out.with_name(f".{out.name}.{os.getpid()}")
@@ -89,8 +89,7 @@ def _head(results: Mapping[str, Any]) -> str:
         tiles.append((f"{ratio:.2f}×", f"the teacher’s at 32 evaluations, {rival['frechet']:.2f}"))
     speed = _speed(results, evaluations)
     if speed:
-        runner, batch, ratio = speed
-        tiles.append((f"{ratio:.0f}× faster", f"than the teacher at 32, {runner}, batch {batch}, same run"))
+        tiles.append(speed)
     if results.get("floor"):
         tiles.append((f"{results['floor']['frechet']:.2f}", "the floor: real training digits"))
     cells = "".join(
@@ -99,18 +98,19 @@ def _head(results: Mapping[str, Any]) -> str:
     return f'<p class="brand">fewstep</p><h1>{sentence}.</h1><div class="tiles">{cells}</div>'
 
 
-def _speed(results: Mapping[str, Any], evaluations: int) -> tuple[str, int, float] | None:
-    """(runner, batch, times the eager teacher's speed) of the student at `evaluations`: eager, smallest batch."""
-    rows = [
-        row
-        for row in (results.get("latency") or {}).get("rows", [])
-        if row["model"] == "student" and row["evaluations"] == evaluations and row["runner"] == "eager"
-        if row.get("speedup_over_eager_teacher")
-    ]
-    if not rows:
+def _speed(results: Mapping[str, Any], evaluations: int) -> tuple[str, str] | None:
+    """The tile on speed: the benchmarked student at `evaluations` against the teacher, both eager, smallest batch."""
+    eager = [row for row in (results.get("latency") or {}).get("rows", []) if row["runner"] == "eager"]
+    students = [row for row in eager if row["model"] == "student" and row["evaluations"] == evaluations]
+    row = min(students, key=lambda row: row["batch"], default=None)
+    teacher = next(
+        (each for each in eager if each["model"] == "teacher" and row and each["batch"] == row["batch"]), None
+    )
+    if row is None or teacher is None or not row.get("speedup_over_eager_teacher"):
         return None
-    row = min(rows, key=lambda row: row["batch"])
-    return "PyTorch eager", row["batch"], row["speedup_over_eager_teacher"]
+    student = _label((results.get("export") or {}).get("student", "student"))
+    words = f"{student} at {evaluations} than {_text(_model(teacher))}: PyTorch eager, batch {row['batch']}, same run"
+    return f"{row['speedup_over_eager_teacher']:.0f}× faster", words
 
 
 def _samples(results: Mapping[str, Any]) -> str:
@@ -143,6 +143,11 @@ def _samples(results: Mapping[str, Any]) -> str:
     )
 
 
+def _curves(results: Mapping[str, Any]) -> str:
+    parts = [part for part in (_quality(results), _guidance(results)) if part]
+    return f"<div class='pair'>{''.join(f'<section>{part}</section>' for part in parts)}</div>" if parts else ""
+
+
 def _quality(results: Mapping[str, Any]) -> str:
     series: dict[str, list[tuple[float, float]]] = {}
     for name, _, evaluations, metrics in _all(results):
@@ -158,7 +163,6 @@ def _quality(results: Mapping[str, Any]) -> str:
         log_x=True,
         ticks=ticks,
         floor=(floor["frechet"], "floor: real training digits") if floor else None,
-        size=(760, 360),
     )
     return (
         "<h2>Quality against the number of evaluations</h2><p class='soft'>Fréchet distance to the held-out digits, "
@@ -174,7 +178,7 @@ def _guidance(results: Mapping[str, Any]) -> str:
             series.setdefault(_label(name), []).append(point)
     if not series:
         return ""
-    plot = plots.scatter(series, x="diversity: variance within a class, real = 1", y="class accuracy", size=(760, 360))
+    plot = plots.scatter(series, x="diversity: variance within a class, real = 1", y="class accuracy")
     return (
         "<h2>Fidelity against diversity</h2><p class='soft'>Class accuracy upward, diversity to the right; numbers "
         "beside the points are network evaluations. Guidance buys the first with the second.</p>"
@@ -274,7 +278,7 @@ def _numbers(results: Mapping[str, Any]) -> str:
         *("sampler", "evaluations", "images", "Fréchet", "precision", "recall", "diversity", "class accuracy"),
         *("RMSE to teacher", "PSNR dB", "same class as teacher"),
     )
-    body = []
+    body: list[tuple[Any, ...]] = []
     for name, _, evaluations, m in _all(results):
         close = m.get("fidelity") or {}
         body.append(
@@ -295,7 +299,9 @@ def _numbers(results: Mapping[str, Any]) -> str:
 
 def _copying(results: Mapping[str, Any]) -> str:
     head = ("sampler", "evaluations", "copied", "median distance ratio", "verdict")
-    sets = [(_label(name), n, m["copying"]) for name, _, n, m in _all(results) if m.get("copying")]
+    sets: list[tuple[Any, ...]] = [
+        (_label(name), n, m["copying"]) for name, _, n, m in _all(results) if m.get("copying")
+    ]
     control = results.get("copying_control")
     if control:
         sets.append(("the training set replayed (control)", "", control))
