@@ -47,6 +47,7 @@ def command(*arguments):
     return [sys.executable, "-m", "fewstep", "train", *map(str, arguments)]
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_two_ranks_from_a_recipe_are_interrupted_together_and_resume_to_the_same_numbers(tmp_path):
     path = recipe(tmp_path, strategy="deepspeed", zero_stage=3, ranks=2, updates=100_000, checkpoint_every=5)
@@ -66,6 +67,7 @@ def test_two_ranks_from_a_recipe_are_interrupted_together_and_resume_to_the_same
     assert artefact.load(tmp_path / "run").provenance["updates"] == at + 2
 
 
+@pytest.mark.slow
 def test_torchrun_ranks_train_one_artefact(tmp_path):
     path = recipe(tmp_path, strategy="ddp")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fewstep"]
@@ -99,3 +101,18 @@ def test_processes_that_do_not_fit_the_recipe_are_refused(tmp_path, monkeypatch,
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=part):
         start(config.load(recipe(tmp_path, **section)))
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_one_rank_of_deepspeed_needs_no_launcher(tmp_path):
+    done = subprocess.run(
+        command(recipe(tmp_path, strategy="deepspeed", zero_stage=2)),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert artefact.load(tmp_path / "run").kind == "teacher"

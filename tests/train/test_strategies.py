@@ -8,7 +8,10 @@ import pytest
 from fewstep.train import Trainer
 from tests.train import rank_runs, ranks, small
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
+]
 
 
 @pytest.fixture(scope="module")

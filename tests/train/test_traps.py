@@ -58,6 +58,7 @@ def test_3_executor_buffers_are_not_reused_while_gradients_are_on():
         out.backward()
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_4_a_frozen_zero3_teacher_is_differentiated_through_its_module_only(found):
     for rank in found:
@@ -66,12 +67,14 @@ def test_4_a_frozen_zero3_teacher_is_differentiated_through_its_module_only(foun
         assert isinstance(rank["frozen"]["twice"], str), "gradients of gradients work there now: allow R1 under ZeRO-3"
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_4_a_frozen_zero3_teacher_holds_half_its_parameters_on_each_of_two_ranks(found):
     for rank in found:
         assert rank["frozen"]["share"] == pytest.approx(0.5, abs=0.01)  # odd sizes are padded
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_5_a_critic_in_the_students_turn_is_called_fixed(found, stage):
@@ -79,27 +82,32 @@ def test_5_a_critic_in_the_students_turn_is_called_fixed(found, stage):
     assert fails(found[0][f"critic_bare_{stage}"])
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_5_a_critic_in_the_students_turn_is_not_called_through_its_engine(found):
     assert fails(found[0]["critic_engine_3"])
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_6_a_trained_network_is_called_through_its_engine(found):
     assert found[0]["bare_engine"] < EXACT
     assert fails(found[0]["bare_bare"])
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_7_adapters_outside_the_tree_of_a_frozen_base_are_exact(found):
     assert found[0]["adapters"] < EXACT
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_7_two_engines_may_not_train_one_base(found):
     assert fails(found[0]["two_engines"])
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [1, 3])
 def test_7_an_unused_role_of_a_shared_engine_moves_without_a_word(found, stage):
@@ -107,12 +115,14 @@ def test_7_an_unused_role_of_a_shared_engine_moves_without_a_word(found, stage):
     assert found[0][f"unused_{stage}"] > WRONG
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [1, 2])
 def test_8_forward_mode_is_exact_under_zero_1_and_2(found, stage):
     assert found[0][f"forward_mode_{stage}"]["ours"] < EXACT
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_8_forward_mode_under_zero_3_is_refused_in_one_sentence(found):
     seen = found[0]["forward_mode_3"]
@@ -121,6 +131,7 @@ def test_8_forward_mode_under_zero_3_is_refused_in_one_sentence(found):
     assert seen["linear"].startswith("deepspeed."), "ZeRO-3 no longer replaces F.linear"
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_9_gradient_clipping_is_what_the_recipe_says_and_not_deepspeeds_default(found):
     assert found[0]["clipping"]["ours"] < EXACT * 10  # weights of size 90 after the step

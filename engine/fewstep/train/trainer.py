@@ -177,12 +177,14 @@ class Trainer:
                 raise UserError(
                     f"network {self.method.result!r} of method {self.method.name!r} is no denoiser and has no artefact."
                 )
-            whole = Denoiser(nets.build(module.net.config), module.schedule, module.prediction)
+            whole = Denoiser(nets.build(_config(module.net)), module.schedule, module.prediction)
             whole.load_state_dict(state)
             artefact.save(
                 self.output,
                 denoiser=whole.eval().requires_grad_(False),
-                plans={steps: self.method.sampling(steps) for steps in PLAN_STEPS},
+                plans={
+                    steps: self.method.sampling(steps) for steps in getattr(self.method.config, "steps", PLAN_STEPS)
+                },
                 image_shape=self._image_shape(),
                 classes=self.classes,
                 provenance={**self._provenance, "recipe": self.recipe.to_dict(), "updates": self.step},
@@ -521,6 +523,13 @@ def _seed(seed: int, device: torch.device) -> None:
 def _scheduled(section: dict[str, Any]) -> dict[str, Any]:
     options = dict(section)
     return schedules.get(options.pop("name"), **options).to_dict()
+
+
+def _config(net: Any) -> dict[str, Any]:
+    """What rebuilds the network."""
+    if not hasattr(net, "config"):
+        raise UserError(f"{type(net).__name__} has no .config that rebuilds it, so it cannot be saved as an artefact.")
+    return dict(net.config)
 
 
 def _at(content: Any, key: str) -> Any:

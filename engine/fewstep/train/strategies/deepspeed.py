@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ def library(device: torch.device) -> Any:
     On the CPU its shared-memory collectives are left out: building them takes a minute of g++ and gloo serves.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists, launcher or not
     try:
         import deepspeed
     except ImportError:
@@ -43,6 +45,7 @@ def library(device: torch.device) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if not deepspeed.comm.is_initialized():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
@@ -86,8 +89,9 @@ class ZeroNetwork(Network):
         if tap.requires_grad:
             around = [m for m in top.modules() if m is not tapped and any(inner is tapped for inner in m.modules())]
             for module in reversed(around):
-                if hasattr(module, "pre_bwd_fn"):
-                    tap = module.pre_bwd_fn.apply(tap)
+                entrance: Any = getattr(module, "pre_bwd_fn", None)
+                if entrance is not None:
+                    tap = entrance.apply(tap)
         return tap
 
     def tangent(self, primals: Sequence[Tensor], tangents: Sequence[Tensor], **named: Any) -> tuple[Tensor, Tensor]:
@@ -256,7 +260,8 @@ class DeepSpeed(Ddp):
     def network(self, module: nn.Module, forward: Callable[..., Any] | None = None) -> Network:
         if self.stage < 3:
             return Network(module, forward)
-        return ZeroNetwork(module, forward, forward.func.module if isinstance(forward, functools.partial) else None)
+        zero: Any = forward.func if isinstance(forward, functools.partial) else None
+        return ZeroNetwork(module, forward, zero.module if zero is not None else None)
 
     def frozen(self, module: nn.Module) -> nn.Module:
         if self.stage < 3 or not any(True for _ in module.parameters()):
@@ -308,7 +313,7 @@ class DeepSpeed(Ddp):
             from deepspeed.utils import safe_set_local_fp32_param
 
             for parameter in module.parameters():
-                safe_set_local_fp32_param(parameter, parameter.ds_tensor)
+                safe_set_local_fp32_param(parameter, self.shards([parameter])[0])
 
     def _configuration(self, micro_batch: int, accumulate: int) -> dict[str, Any]:
         zero = {"stage": self.stage, "overlap_comm": self.device.type == "cuda"}

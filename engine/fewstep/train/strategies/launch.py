@@ -132,8 +132,7 @@ def _join(device: torch.device, rank: int, world: int) -> None:
     if STORE in os.environ:
         options["init_method"] = f"file://{os.environ[STORE]}"
     elif not launched():
-        folder = tempfile.mkdtemp(prefix="fewstep-")
-        options["init_method"] = f"file://{folder}/store"
+        options["store"] = dist.HashStore()
     dist.init_process_group(backend, **options)
 
 

@@ -22,7 +22,7 @@ class LocalEngine(Engine):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.torch_optimizer = self.optimizer()
+        self.torch_optimizer: Any = self.optimizer()  # has grad_scale and found_inf, which its type does not tell
         self._trained = [p for group in self.torch_optimizer.param_groups for p in group["params"]]
 
     def forward(self, network: str) -> Callable[..., Any] | None:
