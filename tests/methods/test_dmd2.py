@@ -257,7 +257,7 @@ def test_backward_simulation_meets_the_levels_of_the_sampler_with_the_law_of_noi
     sampler = Sampler(schedule)
     method.student = Network(Denoiser(sampler, schedule, Prediction("x0")))
     n, index = 4000, torch.arange(4000)
-    answers = [method.generated(Batch(index, torch.zeros(n, 1)), Rng(0, step, index), "none") for step in range(60)]
+    answers = [method.generated(Batch(index, torch.zeros(n, 1)), Rng(0, step, index), "none")[0] for step in range(60)]
     for answer in answers:  # whatever the branch, the answer has the data's law
         assert float(answer.mean()) == pytest.approx(MEAN, abs=5 * STD / math.sqrt(n))
     met = dict(sampler.met)
@@ -286,12 +286,12 @@ def test_only_the_last_call_of_the_simulation_has_a_gradient_and_it_goes_through
     lengths = set()
     for step in range(0, 40, 5):
         through_engine.clear()
-        x = method.generated(batch, Rng(0, step, batch.index), "last")
+        x, _ = method.generated(batch, Rng(0, step, batch.index), "last")
         assert x.requires_grad and through_engine == [True]
         lengths.add(Rng(0, step, batch.index).same_for_all(0, 4))
     assert len(lengths) > 1
     through_engine.clear()
-    assert not method.generated(batch, Rng(0, 1, batch.index), "none").requires_grad and not through_engine
+    assert not method.generated(batch, Rng(0, 1, batch.index), "none")[0].requires_grad and not through_engine
 
 
 def test_a_student_that_serves_four_steps_is_asked_exactly_where_the_simulation_trained_it():
@@ -308,6 +308,39 @@ def test_a_student_that_serves_four_steps_is_asked_exactly_where_the_simulation_
         steps, n = branches[keys.same_for_all(0, 7)]
         noise, seeds = keys.normal(batch.x0, "start"), keys.seeds("renoise")
         whole = execute(plans[steps], method.student, noise, cond=batch.cond, seeds=seeds, record=("denoised",))
-        torch.testing.assert_close(method.generated(batch, rng, "none"), whole.recorded["denoised"][n])
+        torch.testing.assert_close(method.generated(batch, rng, "none")[0], whole.recorded["denoised"][n])
         met.add((steps, n))
     assert met == set(branches)
+
+
+@pytest.mark.parametrize("gan_weight", [0.0, 0.1])
+def test_a_critic_that_sees_the_level_is_told_where_the_student_answered_in_every_call(gan_weight):
+    method, teacher = toy(steps=(1, 2, 4), gan_weight=gan_weight, critic_sees_level=True, critic_updates=2)
+    attach(method, teacher)
+    heard = []
+    method.critic.module.register_forward_pre_hook(
+        lambda _module, _given, named: heard.append(named["s"]), with_kwargs=True
+    )
+    batch = labelled(torch.arange(8))
+    branches = [(k, i) for k in (1, 2, 4) for i in range(k)]
+    for step in range(12):
+        heard.clear()
+        rng, keys = Rng(0, step, batch.index), Rng(0, step, batch.index)
+        steps, n = branches[keys.same_for_all(0, 7)]
+        updates = [update.network for update in method.iteration(batch, rng)]
+        level = method.sampling(steps).stages[n].network_time
+        calls = (step % 2 == 0) + (2 if gan_weight else 1)  # the student's turn; fakes; reals
+        assert updates == (["student", "critic"] if step % 2 == 0 else ["critic"]) and len(heard) == calls
+        assert all(torch.equal(s, torch.full((8,), level)) for s in heard)
+
+
+def test_a_critic_that_sees_the_level_starts_as_the_teacher_and_learns_to_use_it():
+    method, teacher = toy(steps=(1, 2), gan_weight=0.0, critic_sees_level=True)
+    for block in teacher.net.blocks:
+        torch.nn.init.normal_(block.second.weight, std=0.1)  # a teacher that listens to its conditioning
+    attach(method, teacher)
+    x, t, s = torch.randn(8, 2), torch.full((8,), 1.0), torch.full((8,), 0.5)
+    cond = torch.arange(8) % 3
+    torch.testing.assert_close(method.critic(x, t, cond, s=s), method.teacher(x, t, cond))
+    method.critic(x, t, cond, s=s).square().sum().backward()
+    assert any(p.grad.abs().sum() > 0 for n, p in method.critic.module.named_parameters() if "scalars" in n)

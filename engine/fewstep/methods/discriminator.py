@@ -38,16 +38,16 @@ class Discriminator:
     head: Network
     at: str
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Any = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Any = None, **inputs: Any) -> tuple[Tensor, Tensor]:
         """(backbone's answer, logits [B]), gradients to both networks' parameters."""
-        return self._judge(x_t, t, cond, "call")
+        return self._judge(x_t, t, cond, "call", inputs)
 
-    def fixed(self, x_t: Tensor, t: Tensor, cond: Any = None) -> tuple[Tensor, Tensor]:
+    def fixed(self, x_t: Tensor, t: Tensor, cond: Any = None, **inputs: Any) -> tuple[Tensor, Tensor]:
         """(backbone's answer, logits [B]), gradients to x_t only."""
-        return self._judge(x_t, t, cond, "fixed")
+        return self._judge(x_t, t, cond, "fixed", inputs)
 
-    def _judge(self, x_t: Tensor, t: Tensor, cond: Any, way: Way) -> tuple[Tensor, Tensor]:
-        answer, taps = self.backbone.features(x_t, t, cond, at=self.at, way=way)
+    def _judge(self, x_t: Tensor, t: Tensor, cond: Any, way: Way, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        answer, taps = self.backbone.features(x_t, t, cond, at=self.at, way=way, **inputs)
         head = self.head if way == "call" else self.head.fixed
         return answer, head(taps[self.at])
 

@@ -53,45 +53,56 @@ class DMD2(Method):
         """Weight of the adversarial loss in the student's; 0: no discriminator."""
         discriminator_weight: float = Field(1e-2, ge=0)
         """Weight of the discriminator's loss in the critic's."""
+        critic_sees_level: bool = False
+        """Tell the critic at which level the student answered: a score for each branch; the paper has one of all."""
         tap: str = ""
         """The critic's layer the discriminator looks at; empty: the network's last tap."""
 
     @property
     def networks(self) -> Mapping[str, NetworkSpec]:  # type: ignore[override]
-        networks = {"student": NetworkSpec(), "critic": NetworkSpec(optimizer=self.config.critic_optimizer)}
+        inputs = ("x", "t", "s") if self.config.critic_sees_level else ("x", "t")
+        critic = NetworkSpec(inputs=inputs, optimizer=self.config.critic_optimizer)
+        networks = {"student": NetworkSpec(), "critic": critic}
         if self.config.gan_weight > 0:
             networks["head"] = NetworkSpec(start=partial(_head, at=self.config.tap), read_out="plain", engine="critic")
         return networks
 
     def iteration(self, batch: Batch, rng: Rng) -> Iterator[Update]:
         turn = rng.step % self.config.critic_updates == 0
-        x = self.generated(batch, rng, gradient="last" if turn else "none")
+        x, told = self.generated(batch, rng, gradient="last" if turn else "none")
         if turn:
-            loss, log = self.student_update(x, batch, rng)
+            loss, log = self.student_update(x, told, batch, rng)
             yield Update("student", loss, log)
-        loss, log = self.critic_update(x.detach(), batch, rng)  # the same samples, made before the student's update
+        loss, log = self.critic_update(
+            x.detach(), told, batch, rng
+        )  # the same samples, made before the student's update
         yield Update("critic", loss, log)
 
-    def generated(self, batch: Batch, rng: Rng, gradient: str) -> Tensor:
+    def generated(self, batch: Batch, rng: Rng, gradient: str) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's samples, each step started as when it samples: backward simulation (section 4.5).
 
-        One branch (how many steps, which of them answers) is drawn for all ranks and micro-batches.
+        One branch (how many steps, which of them answers) is drawn for all ranks and micro-batches. With them, what
+        the critic is told of the branch: the network time `s` [B] of the student's answer, or nothing.
         """
         branches = [(steps, n) for steps in self.config.steps for n in range(steps)]
         steps, n = branches[rng.same_for_all(0, len(branches))]
         noise, seeds = rng.normal(batch.x0, "start"), rng.seeds("renoise")
         plan = self.sampling(steps)
         run = solvers.execute(plan, self.student, noise, cond=batch.cond, seeds=seeds, stop=n + 1, gradient=gradient)
-        return run.denoised
+        if not self.config.critic_sees_level:
+            return run.denoised, {}
+        return run.denoised, {"s": noise.new_full((len(noise),), plan.stages[n].network_time)}
 
-    def student_update(self, x: Tensor, batch: Batch, rng: Rng) -> tuple[Tensor, dict[str, Any]]:
+    def student_update(
+        self, x: Tensor, told: dict[str, Tensor], batch: Batch, rng: Rng
+    ) -> tuple[Tensor, dict[str, Any]]:
         times = self.config.times or usual_law(self.schedule, low=0.02, high=0.98)
         x_t, t = self.judge().diffused(x, rng, "matching", times)
         real = self.guided(self.teacher, x_t.detach(), t, batch.cond, batch.null, self.config.guidance)
         if self.config.gan_weight > 0:
-            fake, logits = self.discriminator().fixed(x_t, t, batch.cond)
+            fake, logits = self.discriminator().fixed(x_t, t, batch.cond, **told)
         else:
-            fake = self.critic.value(x_t, t, batch.cond)
+            fake = self.critic.value(x_t, t, batch.cond, **told)
         direction = matching_direction(x, fake, real, self.config.normalise)
         loss = pseudo_target_loss(x, direction)
         log = {"matching": loss.detach(), "direction": direction.abs().mean()}
@@ -101,15 +112,17 @@ class DMD2(Method):
             log["adversarial"] = adversarial.detach()
         return loss, log
 
-    def critic_update(self, x: Tensor, batch: Batch, rng: Rng) -> tuple[Tensor, dict[str, Any]]:
+    def critic_update(
+        self, x: Tensor, told: dict[str, Tensor], batch: Batch, rng: Rng
+    ) -> tuple[Tensor, dict[str, Any]]:
         judge = self.judge()
         x_t, t = judge.diffused(x, rng, "fake")
         if self.config.gan_weight == 0:
-            loss = judge.loss(self.critic(x_t, t, batch.cond), x, t)
+            loss = judge.loss(self.critic(x_t, t, batch.cond, **told), x, t)
             return loss, {"denoising": loss.detach()}
-        answer, fake = self.discriminator()(x_t, t, batch.cond)
+        answer, fake = self.discriminator()(x_t, t, batch.cond, **told)
         real_t, real_time = judge.diffused(batch.x0, rng, "real")
-        _, real = self.discriminator()(real_t, real_time, batch.cond)
+        _, real = self.discriminator()(real_t, real_time, batch.cond, **told)
         denoising, telling = judge.loss(answer, x, t), discriminator_loss(real, fake)
         log = {"denoising": denoising.detach(), "telling": telling.detach(), "told": accuracy(real, fake)}
         return denoising + self.config.discriminator_weight * telling, log
