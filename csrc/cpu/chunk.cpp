@@ -227,26 +227,39 @@ void uniform(uint64_t seed, uint64_t group, uint32_t stream, int64_t count, void
 }
 
 template <class T>
-void move(const EmaChunk &chunk) {
-    T parameter_part[CHUNK], average_part[CHUNK];
-    const T *parameter = (const T *)chunk.parameter;
-    T *average = (T *)chunk.average;
-    if (chunk.parameter_dtype != dtype_of<T>()) {
-        load(chunk.parameter, chunk.parameter_dtype, parameter_part, chunk.count);
-        parameter = parameter_part;
-    }
-    const bool direct = chunk.average_dtype == dtype_of<T>();
-    if (!direct) {
-        load(chunk.average, chunk.average_dtype, average_part, chunk.count);
-        average = average_part;
-    }
-    const T weight = (T)chunk.weight, rest = (T)1 - weight;
+void approach(T *average, const T *parameter, T weight, int64_t count) {
+    const T rest = (T)1 - weight;
     if (weight < (T)0.5) {
-        for (int64_t i = 0; i < chunk.count; ++i) average[i] += weight * (parameter[i] - average[i]);
+#pragma GCC ivdep
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < count; ++i) average[i] += weight * (parameter[i] - average[i]);
     } else { /* exact at weight 1 */
-        for (int64_t i = 0; i < chunk.count; ++i) average[i] = parameter[i] - (parameter[i] - average[i]) * rest;
+#pragma GCC ivdep
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < count; ++i) average[i] = parameter[i] - (parameter[i] - average[i]) * rest;
     }
-    if (!direct) store(average_part, chunk.average, chunk.average_dtype, chunk.count);
+}
+
+int64_t bytes(int dtype) { return dtype == FEWSTEP_FLOAT64 ? 8 : dtype == FEWSTEP_FLOAT32 ? 4 : 2; }
+
+template <class T>
+void move(const EmaChunk &chunk) {
+    const bool plain_parameter = chunk.parameter_dtype == dtype_of<T>(), plain_average = chunk.average_dtype == dtype_of<T>();
+    if (plain_parameter && plain_average) {
+        approach((T *)chunk.average, (const T *)chunk.parameter, (T)chunk.weight, chunk.count);
+        return;
+    }
+    T parameter_part[CHUNK], average_part[CHUNK];
+    for (int64_t start = 0; start < chunk.count; start += CHUNK) {
+        const int64_t count = chunk.count - start < CHUNK ? chunk.count - start : CHUNK;
+        const char *from = (const char *)chunk.parameter + start * bytes(chunk.parameter_dtype);
+        char *to = (char *)chunk.average + start * bytes(chunk.average_dtype);
+        if (!plain_parameter) load(from, chunk.parameter_dtype, parameter_part, count);
+        if (!plain_average) load(to, chunk.average_dtype, average_part, count);
+        T *average = plain_average ? (T *)to : average_part;
+        approach(average, plain_parameter ? (const T *)from : parameter_part, (T)chunk.weight, count);
+        if (!plain_average) store(average_part, to, chunk.average_dtype, count);
+    }
 }
 
 void ema(const EmaChunk &chunk) {

@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-constexpr int64_t CHUNK = 1024;   /* elements a chunk function handles at most; a multiple of 4 */
+constexpr int64_t CHUNK = 1024;   /* elements a chunk function handles at most (ema: any number); a multiple of 4 */
 constexpr int64_t MOST_INPUTS = 64;
 constexpr int64_t MOST_OUTPUTS = 64;
 

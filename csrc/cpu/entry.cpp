@@ -11,6 +11,8 @@ namespace {
 
 constexpr int64_t SERIAL = 32768; /* elements below which starting threads costs more than it saves */
 
+constexpr int64_t EMA_CHUNK = 8192; /* parameters stay in the first-level cache from one profile to the next */
+
 struct Choice {
     const ChunkFunctions *functions;
     const char *name;
@@ -145,18 +147,18 @@ int fewstep_cpu_ema_update(int64_t tensors, int64_t profiles, const int64_t *tab
         if (!known(row[1]) || row[2] < 0) return 1;
         for (int64_t p = 0; p < profiles; ++p)
             if (!known(row[4 + 2 * p])) return 1;
-        starts[t + 1] = starts[t] + (row[2] + CHUNK - 1) / CHUNK;
+        starts[t + 1] = starts[t] + (row[2] + EMA_CHUNK - 1) / EMA_CHUNK;
         elements += row[2];
     }
     share(starts[tensors], team(elements, threads), [&](int64_t first, int64_t last) {
         int64_t t = std::upper_bound(starts.begin(), starts.end(), first) - starts.begin() - 1;
         for (int64_t i = first; i < last; ++i) {
             while (i >= starts[t + 1]) ++t;
-            const int64_t *row = table + t * width, start = (i - starts[t]) * CHUNK;
+            const int64_t *row = table + t * width, start = (i - starts[t]) * EMA_CHUNK;
             EmaChunk chunk;
             chunk.parameter = (const char *)row[0] + start * item_size(row[1]);
             chunk.parameter_dtype = (int)row[1];
-            chunk.count = std::min(CHUNK, row[2] - start);
+            chunk.count = std::min(EMA_CHUNK, row[2] - start);
             for (int64_t p = 0; p < profiles; ++p) {
                 chunk.average = (char *)row[3 + 2 * p] + start * item_size(row[4 + 2 * p]);
                 chunk.average_dtype = (int)row[4 + 2 * p];

@@ -30,8 +30,11 @@ def reference(averages: Sequence[Tensor], parameters: Sequence[Tensor], decay: f
 
 def _fits(average: Tensor, parameter: Tensor) -> bool:
     """Whether one flat loop can run over both."""
-    same = average.dtype in native.DTYPES and parameter.dtype in native.DTYPES
-    return same and average.stride() == parameter.stride() and is_dense(parameter.shape, parameter.stride())
+    if average.dtype not in native.DTYPES or parameter.dtype not in native.DTYPES:
+        return False
+    if average.is_contiguous() and parameter.is_contiguous():
+        return True
+    return average.stride() == parameter.stride() and is_dense(parameter.shape, parameter.stride())
 
 
 def _call_c(profiles: Sequence[Sequence[Tensor]], parameters: Sequence[Tensor], decays: Sequence[float]) -> None:
@@ -77,7 +80,8 @@ def ema_update(
     """Move averages towards parameters, in place.
 
     averages: tensors like parameters, or, when decay is a sequence, one such list per decay. decay is in [0, 1]: 1
-    keeps the average, 0 copies the parameter exactly. Raises ValueError when lists, shapes, devices or decays do not fit.
+    keeps the average, 0 copies the parameter exactly. Raises ValueError when lists, shapes, devices or decays do not
+    fit.
     """
     parameters = list(parameters)
     profiles, decays = _profiles(averages, parameters, decay)

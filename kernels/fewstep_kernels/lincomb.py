@@ -340,8 +340,8 @@ def _check(inputs, coefficients, noise_seeds, noise_stream, out, dtypes) -> None
     if dtypes is not None and (len(dtypes) != rows or any(d not in _FLOATS for d in dtypes)):
         raise ValueError(f"dtypes must name one floating-point dtype for each of {rows} outputs; got {list(dtypes)}.")
     if out is not None and (len(out) != rows or any(o.shape != first.shape or o.dtype not in _FLOATS for o in out)):
-        given = [list(o.shape) for o in out]
-        raise ValueError(f"out must hold {rows} floating-point tensors of shape {list(first.shape)}; got {given}.")
+        shapes = [list(o.shape) for o in out]
+        raise ValueError(f"out must hold {rows} floating-point tensors of shape {list(first.shape)}; got {shapes}.")
 
 
 def lincomb(

@@ -36,7 +36,7 @@ def check(found, expected):
     else:
         assert torch.equal(found, expected), (found - expected).abs().max()
 
-for count in (1, 63, 500, 1031):
+for count in (63, 1031):
     for dtype in (F32, BF16, F16, F64):
         check(fk.normal(seeds, (count,), stream=3, dtype=dtype), normal_reference(seeds, count, 3, dtype))
         check(fk.uniform(seeds, (count,), stream=3, dtype=dtype), uniform_reference(seeds, count, 3, dtype))

@@ -1,0 +1,90 @@
+"""How the operator benchmarks measure: interleaved rounds, medians, a copy of the same bytes as floor, one JSON per
+script.
+
+Candidates take turns within a round, so a busy neighbour slows all of them alike; ratios are medians of per-round
+ratios.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fewstep import doctor
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
+    """Seconds of every candidate in every round, each timed right after an untimed call of its own.
+
+    So none inherits another's caches: with working sets near the last-level cache, whoever ran second on the same
+    tensors would look up to 1.5 times faster.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(warm_up + rounds):
+        for name, call in candidates.items():
+            call()
+            start = time.perf_counter()
+            call()
+            elapsed = time.perf_counter() - start
+            if turn >= warm_up:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def copy_of(read_bytes: int, written_bytes: int) -> Callable[[], object]:
+    """A copy that moves as many bytes: half of them read, half written, in float32."""
+    count = (read_bytes + written_bytes) // 8
+    source, target = torch.randn(count), torch.zeros(count)
+    return lambda: target.copy_(source)
+
+
+def added_in_place(read_bytes: int, written_bytes: int) -> Callable[[], object]:
+    """`target += source` over as many bytes: two thirds read, a third written where it was read, in float32."""
+    count = (read_bytes + written_bytes) // 12
+    source, target = torch.zeros(count), torch.zeros(count)
+    return lambda: target.add_(source)
+
+
+def summary(seconds: dict[str, list[float]], ours: str, floor: str, moved_bytes: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds, GB/s of the operator's bytes, medians of same-round ratios to the floor and to ours."""
+    rows = {}
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        rows[name] = {
+            "milliseconds": round(median * 1e3, 4),
+            "gigabytes_per_second": round(moved_bytes / median / 1e9, 2),
+            "times_floor": round(statistics.median(t / f for t, f in zip(times, seconds[floor])), 3),
+            "times_ours": round(statistics.median(t / o for t, o in zip(times, seconds[ours])), 3),
+        }
+    return rows
+
+
+def publish(name: str, cases: list[dict]) -> None:
+    """Print a table of the cases and write them to benchmarks/results/<name>.json with machine and versions."""
+    for case in cases:
+        print(f"\n{case['case']}: {case['moved_bytes'] / 2**20:.1f} MiB moved, read:write {case['read_to_write']}")
+        for row, values in case["results"].items():
+            columns = "".join(f"{key.replace('_', ' ')} {value:<10}" for key, value in values.items())
+            print(f"  {row:28}{columns}")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    record = {
+        "benchmark": name,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": doctor.machine(),
+        "versions": doctor.versions(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "cases": cases,
+    }
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"\nwritten to {path}")
