@@ -99,6 +99,10 @@ def test_stable_diffusion_is_log_linear_between_indices_and_ratio_linear_to_the_
     assert schedule.half_log_snr(400.5) == pytest.approx(middle, rel=1e-13)
     assert schedule.ratio(-0.75) == pytest.approx(0.25 * schedule.ratio(0.0), rel=1e-13)
     assert schedule.time_of_ratio(0.25 * schedule.ratio(0.0)) == pytest.approx(-0.75, rel=1e-13)
+    early = torch.tensor([-0.75, -0.25, 400.5], dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(schedule.time_of_ratio(schedule.ratio(early)), early, rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad(schedule.alpha(early).sum(), early)[0]
+    torch.testing.assert_close(schedule.derivatives(early)[0], found, rtol=1e-10, atol=1e-15)
 
 
 def test_cosine_is_the_published_alpha_bar():

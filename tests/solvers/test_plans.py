@@ -16,6 +16,7 @@ from fewstep.errors import UserError
 from fewstep.solvers import Plan
 
 SOLVERS = [("ddim", {"eta": 0.3}), ("euler", {}), ("heun", {}), ("dpmpp_2m", {"variant": "exact"}), ("consistency", {})]
+SOLVERS += [(name, {}) for name in solvers.names() if name not in {listed for listed, _ in SOLVERS}]
 GRIDS = [None, "karras", {"name": "exponential", "rho": 1.3, "end": 0.013}]
 
 
