@@ -11,6 +11,7 @@ from fewstep import artefact, nets, solvers
 from fewstep.diffusion import schedules
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.prediction import Prediction
+from fewstep.export.onnx import export_onnx
 
 SHAPE = (1, 8, 8)
 CLASSES = 10
@@ -18,7 +19,9 @@ CLASSES = 10
 
 def tiny_denoiser(boundary: float | None = None) -> Denoiser:
     """A class-conditional EDM denoiser whose weights are all random (a fresh net's last layer is zero)."""
-    net = nets.build({"name": "mlp", "dim": 64, "width": 64, "depth": 2, "classes": CLASSES})
+    net = nets.build(
+        {"name": "dit", "channels": 1, "image_size": 8, "width": 32, "depth": 1, "heads": 2, "classes": CLASSES}
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -58,3 +61,9 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         provenance={"method": "denoising"},
         kind="teacher",
     )
+
+
+@pytest.fixture(scope="session")
+def graph(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The student at 4 steps, three of them stochastic, as ONNX."""
+    return export_onnx(student_folder, tmp_path_factory.mktemp("onnx") / "student.onnx", steps=4)

@@ -10,16 +10,10 @@ import pytest
 
 from fewstep.errors import UserError
 from fewstep.export import tensorrt_backend
-from fewstep.export.onnx import export_onnx
 from fewstep.export.tensorrt import ARCHITECTURES, build_engine
 
 installed = any(importlib.util.find_spec(name) for name in tensorrt_backend.NAMES.values())
 needs_tensorrt = pytest.mark.skipif(not installed, reason="neither TensorRT nor TensorRT-RTX is installed")
-
-
-@pytest.fixture(scope="module")
-def graph(student_folder, tmp_path_factory):
-    return export_onnx(student_folder, tmp_path_factory.mktemp("onnx") / "student.onnx", steps=2)
 
 
 def one_node_graph(path, operator: str, domain: str = "") -> None:

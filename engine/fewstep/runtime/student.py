@@ -85,8 +85,10 @@ class Student:
             raise UserError(f"steps is {steps!r}, it must be a whole number from 1 to {MOST_STEPS}.")
         if guidance is not None and not (isinstance(guidance, int | float) and abs(guidance) <= 100.0):
             raise UserError(f"guidance is {guidance!r}, it must be a number from -100 to 100.")
-        if steps in recorded and (guidance is None or guidance == (recorded[steps].guidance or 1.0)):
-            return recorded[steps]
+        if steps in recorded:
+            own = recorded[steps].guidance
+            if guidance is None or guidance == (1.0 if own is None else own):
+                return recorded[steps]
         if self.kind != "teacher":
             offered = ", ".join(str(number) for number in self.steps_offered)
             if steps not in recorded:
@@ -146,7 +148,7 @@ class Student:
         chosen = self._seeds(seeds, batch)
         condition = self._condition(cond, batch)
         if condition is None and plan.guidance is not None:
-            raise UserError("guidance needs a class for each image; give cond or leave guidance out.")
+            raise UserError("this plan is guided and needs a class for each image; give cond, or guidance=1.")
         with torch.no_grad(), self._lock:
             start = self.noise(chosen) if noise is None else noise
             stage_seeds = chosen if start.ndim == len(self.image_shape) + 1 else None

@@ -39,7 +39,7 @@ figcaption { font-size: .75rem; text-align: center; opacity: .7; overflow-wrap: 
 </head>
 <body>
 <h1>__TITLE__</h1>
-<p>__NAME__, a __KIND__ run by fewstep. The same seed always gives the same picture.</p>
+<p>Drawn by “__NAME__”, a __KIND__ of fewstep. The same seed always gives the same picture.</p>
 <form id="form">
 <label class="wide" __PROMPT__>Prompt
 <input id="prompt" value="a handwritten 7" maxlength="200" autocomplete="off"></label>
