@@ -61,3 +61,9 @@ def test_the_exported_graph_gives_the_executors_numbers_at_any_batch(solver, gui
         found = exported.module()(*inputs(sampler, batch))
         # fp32, and tau up to 80 at the start
         torch.testing.assert_close(found, sampler(*inputs(sampler, batch)), rtol=1e-5, atol=1e-5)
+
+
+def test_the_whole_sampler_is_one_graph_to_the_compiler():
+    sampler = build("dpmpp_2m", 2.0)
+    compiled = torch.compile(sampler, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs(sampler, 3)), sampler(*inputs(sampler, 3)), rtol=1e-5, atol=1e-5)

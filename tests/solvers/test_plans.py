@@ -14,6 +14,7 @@ from fewstep.diffusion import schedules
 from fewstep.diffusion.prediction import Prediction
 from fewstep.errors import UserError
 from fewstep.solvers import Plan
+from fewstep.solvers.plans import Row, compiled
 
 SOLVERS = [("ddim", {"eta": 0.3}), ("euler", {}), ("heun", {}), ("dpmpp_2m", {"variant": "exact"}), ("consistency", {})]
 SOLVERS += [(name, {}) for name in solvers.names() if name not in {listed for listed, _ in SOLVERS}]
@@ -166,3 +167,16 @@ def test_a_damaged_plan_is_refused():
         damage(broken["stages"][0])
         with pytest.raises(UserError):
             Plan.from_json(json.dumps(broken))
+
+
+def test_a_slot_read_two_stages_later_is_kept_until_then():
+    rows = [
+        Row(3.0, 2.0, {"x": {"D": 1.0}, "d0": {"D": 1.0}}, 0),
+        Row(2.0, 1.0, {"x": {"x": 1.0}, "d1": {"D": 1.0}}, 1),
+        Row(1.0, 0.5, {"x": {"d0": 0.25, "d1": 0.75}, "d0": {"D": 1.0}}, 2),
+    ]
+    plan = compiled("try", EDM, Prediction("x0"), rows, guidance=[None] * 3, initial_scale=1.0, options={})
+    assert [stage.outputs for stage in plan.stages] == [("x", "d0"), ("x", "d1"), ("x",)]
+    start = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = solvers.sample(lambda x, t: x.sin(), plan, start)
+    torch.testing.assert_close(found, 0.25 * start.sin() + 0.75 * start.sin().sin(), rtol=0, atol=1e-15)
