@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,10 +21,10 @@ from fewstep.diffusion import guidance as guiding
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.linear import coefficient_dtype
 from fewstep.errors import UserError, choose
+from fewstep.solvers.memory import Buffers, Tables, buffers_of, tracing
 from fewstep.solvers.plans import Plan, Stage
 from fewstep_kernels import lincomb
 
-_KEPT_SHAPES = 8
 RECORDS = ("x", "denoised", "mean")
 
 
@@ -117,9 +116,9 @@ def _run(
     stages = plan.stages[start:stop]
     calls = _network_calls(plan, networks, start, stop)
     first, carried = _split_noise(plan, noise, seeds, stages)
-    tables = _Tables(plan, noise.device, coefficient_dtype(noise))
-    reuse = gradient == "none" and not _tracing()
-    buffers = _buffers(plan, first) if reuse else None
+    tables = Tables(plan, noise.device, coefficient_dtype(noise))
+    reuse = gradient == "none" and not tracing()
+    buffers = buffers_of(plan, first) if reuse else None
     conds = _conditions(networks, stages, cond, uncond, buffers)
     recorded: dict[str, list[Tensor]] = {name: [] for name in record}
 
@@ -165,10 +164,6 @@ def _run(
         if "x" in recorded:
             recorded["x"].append(state["x"].clone() if reuse else state["x"])
     return Execution(state["x"], denoised if denoised is not None else state["x"], recorded)
-
-
-def _tracing() -> bool:
-    return torch.compiler.is_compiling() or torch.compiler.is_exporting()
 
 
 Call = Callable[[Tensor, Tensor, Any, bool], Tensor]
@@ -237,93 +232,7 @@ def _split_noise(
     return noise, None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tables:
-    """A plan's numbers as tensors on one device, made once."""
-
-    plan: Plan
-    device: torch.device
-    dtype: torch.dtype
-
-    def _cached(self, key: tuple[Any, ...], rows: Callable[[], list]) -> Tensor:
-        if _tracing():
-            return torch.tensor(rows(), device=self.device, dtype=self.dtype)
-        cache, place = self.plan._device_cache, (*key, self.device, self.dtype)
-        if place not in cache:
-            with torch.inference_mode(False):
-                cache[place] = torch.tensor(rows(), device=self.device, dtype=self.dtype)
-        return cache[place]
-
-    def matrix(self, index: int, repeated: bool) -> Tensor:
-        """[M, K]; `repeated` doubles the last row, for the two halves of a guided call's input."""
-        rows = self.plan.stages[index].matrix
-        return self._cached(("matrix", index, repeated), lambda: [*rows, rows[-1]] if repeated else list(rows))
-
-    def mean(self, index: int) -> Tensor:
-        stage = self.plan.stages[index]
-        row = stage.matrix[stage.outputs.index("x")]
-        return self._cached(("mean", index), lambda: [row[: len(row) - bool(stage.noise)]])
-
-    def start(self, scales: tuple[float, ...]) -> Tensor:
-        return self._cached(("start", scales), lambda: [[scale] for scale in scales])
-
-    def read_out(self, index: int) -> Tensor:
-        """[1, 2] or [1, 3]: x and the network's columns to the denoised estimate."""
-
-        def rows() -> list:
-            stage = self.plan.stages[index]
-            of_x, of_output = (float(v) for v in self.plan.prediction.coefficients(self.plan.schedule, stage.time))
-            if not stage.guided:
-                return [[of_x, of_output]]
-            assert stage.guidance is not None
-            return [[of_x, *(of_output * float(weight) for weight in guiding.coefficients(stage.guidance))]]
-
-        return self._cached(("read out", index), rows)
-
-    def times(self, index: int, first: Tensor, buffers: _Buffers | None) -> Tensor:
-        """The network's time for every sample of the call, [B] or [2 B]."""
-        stage = self.plan.stages[index]
-        batch = first.shape[0] * (2 if stage.guided else 1)
-        if buffers is None:
-            return first.new_full((batch,), stage.network_time, dtype=self.dtype)
-        return buffers.keep(("time", index), lambda: first.new_full((batch,), stage.network_time, dtype=self.dtype))
-
-
-class _Buffers(dict[Any, Any]):
-    """The tensors of one shape that runs of a plan reuse; by register name."""
-
-    doubled: Tensor
-
-    def keep(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self:
-            with torch.inference_mode(False):
-                self[key] = make()
-        return self[key]
-
-
-def _buffers(plan: Plan, first: Tensor) -> _Buffers:
-    key = ("buffers", first.shape, first.dtype, first.device, threading.get_ident())
-    cache = plan._device_cache
-    if key in cache:
-        cache[key] = cache.pop(key)
-        return cache[key]
-    buffers = _Buffers()
-    with torch.inference_mode(False):
-        if any(stage.guided for stage in plan.stages):
-            buffers.doubled = first.new_empty((2 * first.shape[0], *first.shape[1:]))
-            buffers["input"], buffers["second input"] = buffers.doubled[: len(first)], buffers.doubled[len(first) :]
-        elif any(stage.input_scale != 1.0 for stage in plan.stages):
-            buffers["input"] = torch.empty(first.shape, dtype=first.dtype, device=first.device)
-        for name in {"x", *(name for stage in plan.stages for name in stage.outputs if name != "input")}:
-            buffers[name] = torch.empty(first.shape, dtype=first.dtype, device=first.device)
-    mine = [other for other in list(cache) if other[0] == "buffers"]
-    for other in mine[: max(0, len(mine) + 1 - _KEPT_SHAPES)]:
-        cache.pop(other, None)
-    cache[key] = buffers
-    return buffers
-
-
-def _started(tables: _Tables, stage: Stage, first: Tensor, scale: float, buffers: _Buffers | None) -> dict[str, Tensor]:
+def _started(tables: Tables, stage: Stage, first: Tensor, scale: float, buffers: Buffers | None) -> dict[str, Tensor]:
     """Registers "x" and, where the network reads something else, "input"."""
     separate = stage.guided or stage.input_scale != 1.0
     scales = [scale, scale * stage.input_scale] if separate else [scale]
@@ -344,7 +253,7 @@ def _started(tables: _Tables, stage: Stage, first: Tensor, scale: float, buffers
 
 
 def _targets(
-    plan: Plan, index: int, last: bool, first: Tensor, buffers: _Buffers | None
+    plan: Plan, index: int, last: bool, first: Tensor, buffers: Buffers | None
 ) -> tuple[list[Tensor] | None, tuple[str, ...]]:
     """Where a stage writes: buffers, but for the final x, which the caller keeps."""
     names = plan.stages[index].outputs
@@ -359,7 +268,7 @@ def _targets(
 
 
 def _conditions(
-    networks: Any, stages: Sequence[Stage], cond: Any, uncond: Any, buffers: _Buffers | None
+    networks: Any, stages: Sequence[Stage], cond: Any, uncond: Any, buffers: Buffers | None
 ) -> tuple[Any, Any]:
     """(for plain calls, for guided calls)."""
     if not any(stage.guided for stage in stages):
