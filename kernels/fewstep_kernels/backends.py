@@ -22,6 +22,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "uniform": ("cpu", "triton", "cuda"),
     "inner_products": ("cpu",),
     "ema_update": ("cpu", "cuda"),
+    "attention_jvp": ("triton",),
 }
 _ON_GPU = {"ema_update": ("cuda",)}
 
