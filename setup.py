@@ -68,9 +68,14 @@ class BuildLibraries(build_ext):
             raise FileNotFoundError("g++")
         x86 = platform.machine() in ("x86_64", "AMD64")
         flags = [*CPU_FLAGS, f"-I{CSRC / 'include'}", *(["-DFEWSTEP_X86"] if x86 else [])]
-        units = [(CSRC / "cpu" / "entry.cpp", "entry", [])]
-        for name in INSTRUCTIONS if x86 else ["baseline"]:
-            units.append((CSRC / "cpu" / "chunk.cpp", name, [f"-DFEWSTEP_CHUNK=chunk_{name}", *INSTRUCTIONS[name]]))
+        units = []  # a file named *chunk.cpp is compiled once for each instruction set, any other once
+        for path in sorted((CSRC / "cpu").glob("*.cpp")):
+            if path.stem.endswith("chunk"):
+                for name in INSTRUCTIONS if x86 else ["baseline"]:
+                    define = f"-DFEWSTEP_CHUNK={path.stem}_{name}"
+                    units.append((path, f"{path.stem}_{name}", [define, *INSTRUCTIONS[name]]))
+            else:
+                units.append((path, path.stem, []))
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
             objects = [f"{folder}/{name}.o" for _, name, _ in units]
             commands = [

@@ -1,134 +1,10 @@
 /* Compiled once for each instruction set with -DFEWSTEP_CHUNK=chunk_<name>. Everything has internal linkage and nothing comes from the C++
  * library: a shared inline function compiled for one set must never be linked into another. */
 #include "chunk.h"
-#include "fewstep_kernels.h"
+#include "element.h"
 #include "philox.h"
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int WIDTH = 64;
-#elif defined(__AVX2__)
-constexpr int WIDTH = 32;
-#else
-constexpr int WIDTH = 16;
-#endif
-
-float half_to_float(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = (uint32_t)(h & 0x7FFF) << 13, bits;
-    if (magnitude >= 0x0F800000u) {
-        bits = magnitude | 0x7F800000u;
-    } else {
-        float scaled;
-        memcpy(&scaled, &magnitude, 4);
-        scaled *= 0x1p112f;
-        memcpy(&bits, &scaled, 4);
-    }
-    bits |= sign;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-uint16_t float_to_half(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
-    if (magnitude > 0x7F800000u) return (uint16_t)(sign | 0x7E00 | (magnitude >> 13 & 0x3FF));
-    if (magnitude >= 0x477FF000u) return (uint16_t)(sign | 0x7C00);
-    if (magnitude < 0x38800000u) { /* subnormal result: adding 0.5 rounds at the right bit */
-        float shifted;
-        memcpy(&shifted, &magnitude, 4);
-        shifted += 0.5f;
-        memcpy(&magnitude, &shifted, 4);
-        return (uint16_t)(sign | (magnitude - 0x3F000000u));
-    }
-    magnitude += 0xC8000FFFu + (magnitude >> 13 & 1);
-    return (uint16_t)(sign | magnitude >> 13);
-}
-
-float bfloat_to_float(uint16_t value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float result;
-    memcpy(&result, &bits, 4);
-    return result;
-}
-
-uint16_t float_to_bfloat(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-    return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000u ? 0x7FC0 : rounded);
-}
-
-void halves_to_floats(const uint16_t *from, float *to, int64_t count) {
-    int64_t i = 0;
-#if defined(__F16C__)
-    for (; i + 8 <= count; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
-#endif
-    for (; i < count; ++i) to[i] = half_to_float(from[i]);
-}
-
-void floats_to_halves(const float *from, uint16_t *to, int64_t count) {
-    int64_t i = 0;
-#if defined(__F16C__)
-    for (; i + 8 <= count; i += 8)
-        _mm_storeu_si128((__m128i *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
-    for (; i < count; ++i) to[i] = float_to_half(from[i]);
-}
-
-template <class T>
-void load(const void *from, int dtype, T *to, int64_t count) {
-    switch (dtype) {
-    case FEWSTEP_FLOAT32:
-        for (int64_t i = 0; i < count; ++i) to[i] = (T)((const float *)from)[i];
-        break;
-    case FEWSTEP_BFLOAT16:
-        for (int64_t i = 0; i < count; ++i) to[i] = (T)bfloat_to_float(((const uint16_t *)from)[i]);
-        break;
-    case FEWSTEP_FLOAT16: {
-        float part[64];
-        for (int64_t i = 0; i < count; i += 64) {
-            int64_t n = count - i < 64 ? count - i : 64;
-            halves_to_floats((const uint16_t *)from + i, part, n);
-            for (int64_t j = 0; j < n; ++j) to[i + j] = (T)part[j];
-        }
-        break;
-    }
-    default:
-        for (int64_t i = 0; i < count; ++i) to[i] = (T)((const double *)from)[i];
-    }
-}
-
-template <class T>
-void store(const T *from, void *to, int dtype, int64_t count) {
-    switch (dtype) {
-    case FEWSTEP_FLOAT32:
-        for (int64_t i = 0; i < count; ++i) ((float *)to)[i] = (float)from[i];
-        break;
-    case FEWSTEP_BFLOAT16:
-        for (int64_t i = 0; i < count; ++i) ((uint16_t *)to)[i] = float_to_bfloat((float)from[i]);
-        break;
-    case FEWSTEP_FLOAT16: {
-        float part[64];
-        for (int64_t i = 0; i < count; i += 64) {
-            int64_t n = count - i < 64 ? count - i : 64;
-            for (int64_t j = 0; j < n; ++j) part[j] = (float)from[i + j];
-            floats_to_halves(part, (uint16_t *)to + i, n);
-        }
-        break;
-    }
-    default:
-        for (int64_t i = 0; i < count; ++i) ((double *)to)[i] = (double)from[i];
-    }
-}
-
-template <class T>
-constexpr int dtype_of() { return sizeof(T) == 4 ? FEWSTEP_FLOAT32 : FEWSTEP_FLOAT64; }
 
 /* Every input of a vector is read before any output of it is written, so an output may be an input. */
 template <class T, int M>
@@ -226,47 +102,6 @@ void uniform(uint64_t seed, uint64_t group, uint32_t stream, int64_t count, void
     store(values, out, dtype, count);
 }
 
-template <class T>
-void approach(T *average, const T *parameter, T weight, int64_t count) {
-    const T rest = (T)1 - weight;
-    if (weight < (T)0.5) {
-#pragma GCC ivdep
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < count; ++i) average[i] += weight * (parameter[i] - average[i]);
-    } else { /* exact at weight 1 */
-#pragma GCC ivdep
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < count; ++i) average[i] = parameter[i] - (parameter[i] - average[i]) * rest;
-    }
-}
-
-int64_t bytes(int dtype) { return dtype == FEWSTEP_FLOAT64 ? 8 : dtype == FEWSTEP_FLOAT32 ? 4 : 2; }
-
-template <class T>
-void move(const EmaChunk &chunk) {
-    const bool plain_parameter = chunk.parameter_dtype == dtype_of<T>(), plain_average = chunk.average_dtype == dtype_of<T>();
-    if (plain_parameter && plain_average) {
-        approach((T *)chunk.average, (const T *)chunk.parameter, (T)chunk.weight, chunk.count);
-        return;
-    }
-    T parameter_part[CHUNK], average_part[CHUNK];
-    for (int64_t start = 0; start < chunk.count; start += CHUNK) {
-        const int64_t count = chunk.count - start < CHUNK ? chunk.count - start : CHUNK;
-        const char *from = (const char *)chunk.parameter + start * bytes(chunk.parameter_dtype);
-        char *to = (char *)chunk.average + start * bytes(chunk.average_dtype);
-        if (!plain_parameter) load(from, chunk.parameter_dtype, parameter_part, count);
-        if (!plain_average) load(to, chunk.average_dtype, average_part, count);
-        T *average = plain_average ? (T *)to : average_part;
-        approach(average, plain_parameter ? (const T *)from : parameter_part, (T)chunk.weight, count);
-        if (!plain_average) store(average_part, to, chunk.average_dtype, count);
-    }
-}
-
-void ema(const EmaChunk &chunk) {
-    if (chunk.average_dtype == FEWSTEP_FLOAT64) move<double>(chunk);
-    else move<float>(chunk);
-}
-
 double inner_product(const void *left, int left_dtype, const void *right, int right_dtype, int64_t count) {
     double a[CHUNK], b[CHUNK], lanes[16] = {0};
     load(left, left_dtype, a, count);
@@ -282,4 +117,4 @@ double inner_product(const void *left, int left_dtype, const void *right, int ri
 
 } // namespace
 
-extern const ChunkFunctions FEWSTEP_CHUNK = {lincomb<float>, lincomb<double>, normal, uniform, ema, inner_product};
+extern const ChunkFunctions FEWSTEP_CHUNK = {lincomb<float>, lincomb<double>, normal, uniform, inner_product};

@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-constexpr int64_t CHUNK = 1024;   /* elements a chunk function handles at most (ema: any number); a multiple of 4 */
+constexpr int64_t CHUNK = 1024;   /* elements a chunk function handles at most; a multiple of 4 */
 constexpr int64_t MOST_INPUTS = 64;
 constexpr int64_t MOST_OUTPUTS = 64;
 
@@ -18,20 +18,11 @@ struct LincombChunk {
     void *scratch; /* (inputs + 1 + outputs) CHUNK accumulators */
 };
 
-struct EmaChunk {
-    const void *parameter;
-    void *average;
-    int parameter_dtype, average_dtype;
-    int64_t count;
-    double weight;
-};
-
 struct ChunkFunctions {
     void (*lincomb_float)(const LincombChunk &);
     void (*lincomb_double)(const LincombChunk &);
     void (*normal)(uint64_t seed, uint64_t group, uint32_t stream, int64_t count, void *out, int dtype);
     void (*uniform)(uint64_t seed, uint64_t group, uint32_t stream, int64_t count, void *out, int dtype);
-    void (*ema)(const EmaChunk &);
     double (*inner_product)(const void *left, int left_dtype, const void *right, int right_dtype, int64_t count);
 };
 

@@ -1,57 +1,34 @@
 /* The exported CPU functions: argument checks, threads, and the choice of instruction set. */
 #include "chunk.h"
-#include "fewstep_kernels.h"
+#include "team.h"
 #include <algorithm>
-#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 #include <vector>
 
-namespace {
-
-constexpr int64_t SERIAL = 32768; /* elements below which starting threads costs more than it saves */
-
-constexpr int64_t EMA_CHUNK = 8192; /* parameters stay in the first-level cache from one profile to the next */
-
-struct Choice {
-    const ChunkFunctions *functions;
-    const char *name;
-};
-
 /* FEWSTEP_INSTRUCTIONS=baseline|avx2 asks for less than the processor has, to compare them. */
-Choice choose() {
+static int choose() {
 #ifdef FEWSTEP_X86
     const char *given = getenv("FEWSTEP_INSTRUCTIONS");
     const bool baseline = given && !strcmp(given, "baseline"), below512 = given && !strcmp(given, "avx2");
-    if (baseline) return {&chunk_baseline, "baseline"};
+    if (baseline) return 0;
     __builtin_cpu_init();
     if (!below512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl"))
-        return {&chunk_avx512, "avx512"};
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return {&chunk_avx2, "avx2"};
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
 #endif
-    return {&chunk_baseline, "baseline"};
+    return 0;
 }
 
-const Choice chosen = choose();
-
-int64_t item_size(int64_t dtype) { return dtype == FEWSTEP_FLOAT64 ? 8 : dtype == FEWSTEP_FLOAT32 ? 4 : 2; }
-bool known(int64_t dtype) { return dtype >= FEWSTEP_FLOAT32 && dtype <= FEWSTEP_FLOAT64; }
-int team(int64_t elements, int64_t threads) { return elements < SERIAL || threads < 1 ? 1 : (int)threads; }
-
-/* part(first, last) over [0, total) in contiguous shares. */
-template <class Part>
-void share(int64_t total, int threads, const Part &part) {
-    if (threads == 1) {
-        part((int64_t)0, total);
-        return;
-    }
-#pragma omp parallel num_threads(threads)
-    {
-        int64_t n = omp_get_num_threads(), t = omp_get_thread_num();
-        part(total * t / n, total * (t + 1) / n);
-    }
+int instruction_set() {
+    static const int chosen = choose();
+    return chosen;
 }
+
+namespace {
+
+const ChunkFunctions &functions = FEWSTEP_CHOOSE(chunk);
 
 template <class T>
 void read_coefficients(const fewstep_coefficients &c, int64_t b, int64_t rows, int64_t columns, T *to) {
@@ -91,8 +68,8 @@ void run_lincomb(int64_t inputs, int64_t outputs, int64_t batch, int64_t count, 
                 chunk.out_dtype[m] = (int)y.dtype;
             }
             if (seeds) chunk.seed = (uint64_t)seeds[b], chunk.group = (uint64_t)start / 4;
-            if (sizeof(T) == 4) chosen.functions->lincomb_float(chunk);
-            else chosen.functions->lincomb_double(chunk);
+            if (sizeof(T) == 4) functions.lincomb_float(chunk);
+            else functions.lincomb_double(chunk);
         }
     });
 }
@@ -130,44 +107,11 @@ int fewstep_cpu_lincomb(int64_t inputs, int64_t outputs, int64_t batch, int64_t 
 }
 
 int fewstep_cpu_normal(const int64_t *seeds, int64_t batch, int64_t count, int64_t stream, void *out, int64_t dtype, int64_t threads) {
-    return draw(chosen.functions->normal, seeds, batch, count, stream, out, dtype, threads);
+    return draw(functions.normal, seeds, batch, count, stream, out, dtype, threads);
 }
 
 int fewstep_cpu_uniform(const int64_t *seeds, int64_t batch, int64_t count, int64_t stream, void *out, int64_t dtype, int64_t threads) {
-    return draw(chosen.functions->uniform, seeds, batch, count, stream, out, dtype, threads);
-}
-
-int fewstep_cpu_ema_update(int64_t tensors, int64_t profiles, const int64_t *table, const double *weights, int64_t threads) {
-    if (tensors < 0 || profiles < 1) return 1;
-    const int64_t width = 3 + 2 * profiles;
-    std::vector<int64_t> starts(tensors + 1); /* first chunk of each tensor */
-    int64_t elements = 0;
-    for (int64_t t = 0; t < tensors; ++t) {
-        const int64_t *row = table + t * width;
-        if (!known(row[1]) || row[2] < 0) return 1;
-        for (int64_t p = 0; p < profiles; ++p)
-            if (!known(row[4 + 2 * p])) return 1;
-        starts[t + 1] = starts[t] + (row[2] + EMA_CHUNK - 1) / EMA_CHUNK;
-        elements += row[2];
-    }
-    share(starts[tensors], team(elements, threads), [&](int64_t first, int64_t last) {
-        int64_t t = std::upper_bound(starts.begin(), starts.end(), first) - starts.begin() - 1;
-        for (int64_t i = first; i < last; ++i) {
-            while (i >= starts[t + 1]) ++t;
-            const int64_t *row = table + t * width, start = (i - starts[t]) * EMA_CHUNK;
-            EmaChunk chunk;
-            chunk.parameter = (const char *)row[0] + start * item_size(row[1]);
-            chunk.parameter_dtype = (int)row[1];
-            chunk.count = std::min(EMA_CHUNK, row[2] - start);
-            for (int64_t p = 0; p < profiles; ++p) {
-                chunk.average = (char *)row[3 + 2 * p] + start * item_size(row[4 + 2 * p]);
-                chunk.average_dtype = (int)row[4 + 2 * p];
-                chunk.weight = weights[p];
-                chosen.functions->ema(chunk);
-            }
-        }
-    });
-    return 0;
+    return draw(functions.uniform, seeds, batch, count, stream, out, dtype, threads);
 }
 
 int fewstep_cpu_inner_products(int64_t left, int64_t right, int64_t batch, int64_t count, const fewstep_tensor *tensors, void *out,
@@ -184,7 +128,7 @@ int fewstep_cpu_inner_products(int64_t left, int64_t right, int64_t batch, int64
             for (int64_t m = 0; m < left; ++m)
                 for (int64_t k = 0; k < right; ++k) {
                     const fewstep_tensor &x = tensors[m], &y = tensors[left + k];
-                    parts[i * pairs + m * right + k] = chosen.functions->inner_product(
+                    parts[i * pairs + m * right + k] = functions.inner_product(
                         (const char *)x.data + (b * x.batch_stride + start) * item_size(x.dtype), (int)x.dtype,
                         (const char *)y.data + (b * y.batch_stride + start) * item_size(y.dtype), (int)y.dtype, std::min(CHUNK, count - start));
                 }
@@ -200,5 +144,8 @@ int fewstep_cpu_inner_products(int64_t left, int64_t right, int64_t batch, int64
     return 0;
 }
 
-const char *fewstep_cpu_instructions(void) { return chosen.name; }
+const char *fewstep_cpu_instructions(void) {
+    static const char *const names[] = {"baseline", "avx2", "avx512"};
+    return names[instruction_set()];
+}
 int fewstep_cpu_abi(void) { return FEWSTEP_ABI; }

@@ -9,14 +9,14 @@
 
 #include <stdint.h>
 
-#define FEWSTEP_ABI 1
+#define FEWSTEP_ABI 2
 
 #pragma GCC visibility push(default)
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-enum { FEWSTEP_FLOAT32 = 0, FEWSTEP_BFLOAT16 = 1, FEWSTEP_FLOAT16 = 2, FEWSTEP_FLOAT64 = 3 };
+enum { FEWSTEP_FLOAT32 = 0, FEWSTEP_BFLOAT16 = 1, FEWSTEP_FLOAT16 = 2, FEWSTEP_FLOAT64 = 3, FEWSTEP_INT64 = 4 };
 
 typedef struct {
     int64_t data; /* address */
@@ -33,6 +33,13 @@ typedef struct {
     int64_t dtype; /* FEWSTEP_FLOAT32 or FEWSTEP_FLOAT64 */
 } fewstep_coefficients;
 
+/* A number given by value or, when address is not 0, read where it lies: float32, float64 or FEWSTEP_INT64. On a GPU the kernel reads it. */
+typedef struct {
+    double value;
+    int64_t address;
+    int64_t dtype;
+} fewstep_scalar;
+
 /* out[m][b] = sum_k c[b][m][k] in[k][b], tensors = the inputs, then the outputs. With seeds (int64 [batch]) the coefficients have
  * one more column, for standard normal noise. Accumulates in float64 when an input is float64, else in float32; products and sums round
  * separately, in the order of the inputs. An output may be an input (same address, stride and dtype), never overlap one otherwise. */
@@ -43,9 +50,27 @@ int fewstep_cpu_lincomb(int64_t inputs, int64_t outputs, int64_t batch, int64_t 
 int fewstep_cpu_normal(const int64_t *seeds, int64_t batch, int64_t count, int64_t stream, void *out, int64_t dtype, int64_t threads);
 int fewstep_cpu_uniform(const int64_t *seeds, int64_t batch, int64_t count, int64_t stream, void *out, int64_t dtype, int64_t threads);
 
-/* table: for every tensor {parameter, parameter dtype, count, then {average, average dtype} for every profile};
- * average += weight (parameter - average), in float64 for float64 averages, else in float32. */
-int fewstep_cpu_ema_update(int64_t tensors, int64_t profiles, const int64_t *table, const double *weights, int64_t threads);
+/* table: for every tensor {parameter, its dtype, count, origin, then {average, its dtype} for every profile};
+ * average += (1 - decay) (parameter - average), in float64 for float64 averages, else in float32. With a seed, bfloat16 averages are rounded
+ * up with the probability that makes rounding unbiased: element e = origin + i (origin: a multiple of 8) of profile p takes 16 bits of
+ * Philox4x32-10 keyed by seed, counter (e / 8, update, 1 + p): word e % 4, its low half where e % 8 < 4, else its high half. */
+int fewstep_cpu_ema_update(int64_t tensors, int64_t profiles, const int64_t *table, const fewstep_scalar *decays, const int64_t *seed,
+                           const fewstep_scalar *update, int64_t threads);
+
+/* sqrt of the sum of squares of all tensors; table: {address, dtype, count} for every tensor. Summed in float64, each stretch of
+ * FEWSTEP_L2NORM_SHARE elements by itself into partials (room for sum of ceil(count / share)), then those in order: the result does not
+ * depend on threads. out is float32 or float64. */
+#define FEWSTEP_L2NORM_SHARE 8192
+int fewstep_cpu_multi_tensor_l2norm(int64_t tensors, const int64_t *table, double *partials, void *out, int64_t out_dtype, int64_t threads);
+
+/* AdamW with decoupled weight decay, at most four averages and a copy of the new parameter, in one pass.
+ * table, one row a tensor: {count, origin, weight decay (the bits of a double), parameter, dtype, gradient or 0, dtype, exp_avg, dtype,
+ * exp_avg_sq, dtype, step, dtype, copy or 0, dtype, then {average, dtype} for every profile}. step is one float32 or float64, advanced by one.
+ * A tensor without a gradient keeps parameter, states and step; its averages move. scalars: {lr, beta1, beta2, epsilon, gradient scale,
+ * guard, update, then every profile's decay}. Nothing at all is written when guard is not finite. Averages as in ema_update.
+ * corrections: room for two doubles a tensor. */
+int fewstep_cpu_adamw_ema_step(int64_t tensors, int64_t profiles, const int64_t *table, const fewstep_scalar *scalars, const int64_t *seed,
+                               double *corrections, int64_t threads);
 
 /* out[b][m][k] = sum_i left[m][b][i] right[k][b][i], summed in float64; tensors = left, then right; out is float32 or float64.
  * The sum does not depend on the number of threads. */
@@ -61,7 +86,11 @@ int fewstep_cuda_lincomb(int64_t inputs, int64_t outputs, int64_t batch, int64_t
                          const fewstep_coefficients *coefficients, const int64_t *seeds, int64_t noise_stream, void *stream);
 int fewstep_cuda_normal(const int64_t *seeds, int64_t batch, int64_t count, int64_t noise_stream, void *out, int64_t dtype, void *stream);
 int fewstep_cuda_uniform(const int64_t *seeds, int64_t batch, int64_t count, int64_t noise_stream, void *out, int64_t dtype, void *stream);
-int fewstep_cuda_ema_update(int64_t tensors, int64_t profiles, const int64_t *table, const double *weights, void *stream);
+int fewstep_cuda_ema_update(int64_t tensors, int64_t profiles, const int64_t *table, const fewstep_scalar *decays, const int64_t *seed,
+                            const fewstep_scalar *update, void *stream);
+int fewstep_cuda_multi_tensor_l2norm(int64_t tensors, const int64_t *table, double *partials, void *out, int64_t out_dtype, void *stream);
+int fewstep_cuda_adamw_ema_step(int64_t tensors, int64_t profiles, const int64_t *table, const fewstep_scalar *scalars, const int64_t *seed,
+                                double *corrections, void *stream);
 int fewstep_cuda_abi(void);
 
 #ifdef __cplusplus

@@ -16,8 +16,8 @@ struct PhiloxWords {
     uint32_t w[4];
 };
 
-FEWSTEP_INLINE PhiloxWords philox(uint64_t group, uint32_t stream, uint64_t seed) {
-    uint32_t c0 = (uint32_t)group, c1 = (uint32_t)(group >> 32), c2 = stream, c3 = 0;
+FEWSTEP_INLINE PhiloxWords philox(uint64_t group, uint32_t stream, uint64_t seed, uint32_t purpose = 0) {
+    uint32_t c0 = (uint32_t)group, c1 = (uint32_t)(group >> 32), c2 = stream, c3 = purpose;
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
 #ifdef __CUDACC__
 #pragma unroll

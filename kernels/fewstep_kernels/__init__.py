@@ -1,20 +1,29 @@
 """Fused operators for few-step samplers and their training; each `reference` in plain torch defines the result."""
 
+from . import decay_profiles
+from .adamw_ema import adamw_ema_step
 from .attention_jvp import attention, attention_jvp, carrying_tangents, scaled_dot_product_attention
 from .backends import backend, report
 from .ema import ema_update
 from .inner_products import inner_products
+from .l2norm import clip_coefficient, multi_tensor_l2norm
 from .lincomb import lincomb
 from .noise import normal, uniform
+from .optimizer import AdamWEma
 
 __all__ = [
+    "AdamWEma",
+    "adamw_ema_step",
     "attention",
     "attention_jvp",
     "backend",
     "carrying_tangents",
+    "clip_coefficient",
+    "decay_profiles",
     "ema_update",
     "inner_products",
     "lincomb",
+    "multi_tensor_l2norm",
     "normal",
     "report",
     "scaled_dot_product_attention",

@@ -1,8 +1,8 @@
 """Which backend serves an operator on a device, and why.
 
-The device decides: C++ on the CPU; Triton on a GPU, CUDA C++ for `ema_update`; plain torch where those are missing.
-`FEWSTEP_KERNELS=reference|cpu|triton|cuda`, read once, asks for one backend wherever it has the operator and the
-device.
+The device decides: C++ on the CPU; Triton on a GPU, CUDA C++ for many tensors at once; plain torch where those are
+missing. `FEWSTEP_KERNELS=reference|cpu|triton|cuda`, read once, asks for one backend wherever it has the operator and
+the device.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "uniform": ("cpu", "triton", "cuda"),
     "inner_products": ("cpu",),
     "ema_update": ("cpu", "cuda"),
+    "multi_tensor_l2norm": ("cpu", "cuda"),
+    "adamw_ema_step": ("cpu", "cuda"),
     "attention_jvp": ("triton",),
 }
-_ON_GPU = {"ema_update": ("cuda",)}
+_ON_GPU = dict.fromkeys(("ema_update", "multi_tensor_l2norm", "adamw_ema_step"), ("cuda",))
 
 
 @functools.cache

@@ -3,32 +3,98 @@
 Bytes moved at best: each parameter read once for all profiles, each average read and written once. Averages keep their
 own dtype; float32 averages of bfloat16 parameters are usual. It does not help below some ten thousand elements, where
 one foreach call is as cheap.
+
+bfloat16 averages stall when rounded to nearest: a step below half a unit in the last place (ulp) is lost. With a seed
+they are rounded up with probability (value - lower neighbour) / ulp instead, so that no step is lost on average. Their
+root-mean-square distance from the exact average then stays below
+
+    sqrt(ulp E|parameter - average| / (1 + decay)) + ulp / 2,
+
+whatever the number of updates: a step d costs a variance of at most |d| ulp, and the decay forgets it.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backends, native
+from . import backends, native, noise, registration
 from .layout import is_dense
 
+Scalar = float | Tensor
+_ROOM = 8  # elements that share a Philox block; every tensor starts a new one
 
-def reference(averages: Sequence[Tensor], parameters: Sequence[Tensor], decay: float) -> None:
+
+def element_origins(tensors: Sequence[Tensor]) -> list[int]:
+    """The number of each tensor's first element: one tensor after another, each from a multiple of 8."""
+    starts, start = [], 0
+    for tensor in tensors:
+        starts.append(start)
+        start += -(-tensor.numel() // _ROOM) * _ROOM
+    return starts
+
+
+def _random_halves(seed: int, update: Scalar, profile: int, origin: int, count: int, device: torch.device) -> Tensor:
+    """Sixteen random bits for elements origin .. origin + count - 1, as int32."""
+    group = torch.arange(origin // _ROOM, (origin + count + _ROOM - 1) // _ROOM, dtype=torch.int64, device=device)
+    word, zero = 0xFFFFFFFF, torch.zeros_like(group)
+    stream = zero + (update.to(torch.int64) if isinstance(update, Tensor) else int(update))
+    key = (zero + (seed & word), zero + (seed >> 32 & word))
+    words = torch.stack(noise.philox((group & word, group >> 32, stream & word, zero + 1 + profile), key), -1)  # [G, 4]
+    return torch.cat((words & 0xFFFF, words >> 16), -1).flatten()[:count].to(torch.int32)
+
+
+def round_stochastically(
+    value: Tensor, seed: int, update: Scalar, profile: int = 0, origin: int = 0, like: Tensor | None = None
+) -> Tensor:
+    """float32 values as bfloat16, rounded up with the probability that makes rounding unbiased.
+
+    Element e = origin + i takes 16 bits of Philox4x32-10 keyed by seed, counter (e // 8, update, 1 + profile): word
+    e % 4, its low half where e % 8 < 4, else its high half; i counts in the memory order of `like` where that is dense,
+    else in row-major order. update: int or 0-d tensor, taken modulo 2^32.
+    """
+    halves = _random_halves(seed, update, profile, origin, value.numel(), value.device)
+    like = value if like is None else like
+    if is_dense(like.shape, like.stride()):
+        ordered = torch.empty_strided(like.shape, like.stride(), dtype=torch.int32, device=value.device)
+        ordered.as_strided((value.numel(),), (1,)).copy_(halves)
+    else:
+        ordered = halves.view(like.shape)
+    bits = (value.view(torch.int32) + ordered) >> 16 << 16
+    return torch.where(value.isnan(), value, bits.view(torch.float32)).to(torch.bfloat16)
+
+
+def reference(
+    averages: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    decay: Scalar,
+    *,
+    seed: int | None = None,
+    update: Scalar = 0,
+    profile: int = 0,
+    origins: Sequence[int] = (),
+) -> None:
     """The defining implementation: one profile, one foreach call in float32 (float64 for float64 averages)."""
     wide = [a if a.dtype in (torch.float32, torch.float64) else a.float() for a in averages]
     values = [p.to(w.dtype) for p, w in zip(parameters, wide)]
-    torch._foreach_lerp_(wide, values, 1.0 - decay)
-    for average, value in zip(averages, wide):
-        if average is not value:
-            average.copy_(value)
+    if isinstance(decay, Tensor):
+        weight = 1.0 - decay.double()
+        for average, value in zip(wide, values):
+            average.lerp_(value, weight.to(average.dtype))
+    else:
+        torch._foreach_lerp_(wide, values, 1.0 - decay)
+    for i, (average, value) in enumerate(zip(averages, wide)):
+        if average is value:
+            continue
+        if seed is not None and average.dtype == torch.bfloat16:
+            value = round_stochastically(value, seed, update, profile, origins[i], average)
+        average.copy_(value)
 
 
-def _fits(average: Tensor, parameter: Tensor) -> bool:
+def fits(average: Tensor, parameter: Tensor) -> bool:
     """Whether one flat loop can run over both."""
     if average.dtype not in native.DTYPES or parameter.dtype not in native.DTYPES:
         return False
@@ -37,26 +103,48 @@ def _fits(average: Tensor, parameter: Tensor) -> bool:
     return average.stride() == parameter.stride() and is_dense(parameter.shape, parameter.stride())
 
 
-def _call_c(profiles: Sequence[Sequence[Tensor]], parameters: Sequence[Tensor], decays: Sequence[float]) -> None:
+def _call_c(
+    profiles: Sequence[Sequence[Tensor]],
+    parameters: Sequence[Tensor],
+    decays: Sequence[Scalar],
+    starts: Sequence[int],
+    seed: int | None,
+    update: Scalar,
+) -> None:
     values: list[int] = []
+    dtypes = native.DTYPES
     for i, parameter in enumerate(parameters):
-        values += (parameter.data_ptr(), native.DTYPES[parameter.dtype], parameter.numel())
+        values += (parameter.data_ptr(), dtypes[parameter.dtype], parameter.numel(), starts[i])
         for averages in profiles:
-            values += (averages[i].data_ptr(), native.DTYPES[averages[i].dtype])
-    weights = (ctypes.c_double * len(decays))(*(1.0 - decay for decay in decays))
-    native.call("ema_update", parameters[0], len(parameters), len(profiles), native.table(values), weights)
+            average = averages[i]
+            values += (average.data_ptr(), dtypes[average.dtype])
+    native.call(
+        "ema_update",
+        parameters[0],
+        len(parameters),
+        len(profiles),
+        native.table(values),
+        native.scalars(decays),
+        None if seed is None else ctypes.byref(ctypes.c_int64(seed)),
+        None if seed is None else native.scalars([update]),
+    )
 
 
-def _profiles(averages: Sequence[Any], parameters: Sequence[Tensor], decay: float | Sequence[float]):
-    """Lists of averages and their decays, checked."""
-    profiles, decays = (list(averages), list(decay)) if isinstance(decay, Sequence) else ([averages], [decay])
-    if len(profiles) != len(decays):
-        raise ValueError(
-            f"ema_update got {len(profiles)} lists of averages for {len(decays)} decays; pass one list each."
-        )
-    for rate in decays:
-        if not 0.0 <= rate <= 1.0:
-            raise ValueError(f"decay must be in [0, 1]; got {rate}.")
+def check_scalar(name: str, value: Scalar, device: torch.device, least: float, most: float) -> None:
+    """Raise ValueError unless value is a float in [least, most], or a 0-d tensor on the device (whose value is not
+    read)."""
+    if isinstance(value, Tensor):
+        if value.ndim or value.device != device or value.dtype not in native.SCALAR_DTYPES:
+            raise ValueError(
+                f"{name} as a tensor must be 0-d, float32, float64 or int64, on {device}; "
+                f"got {value.dtype} {list(value.shape)} on {value.device}."
+            )
+    elif not least <= value <= most:
+        raise ValueError(f"{name} must be in [{least:g}, {most:g}]; got {value}.")
+
+
+def check_averages(profiles: Sequence[Sequence[Tensor]], parameters: Sequence[Tensor]) -> None:
+    """Raise ValueError unless every profile holds one average for each parameter, of its shape, on its device."""
     for profile in profiles:
         if len(profile) != len(parameters):
             raise ValueError(f"ema_update got {len(profile)} averages for {len(parameters)} parameters.")
@@ -68,33 +156,55 @@ def _profiles(averages: Sequence[Any], parameters: Sequence[Tensor], decay: floa
             ):
                 given = list(average.shape) if isinstance(average, Tensor) else type(average).__name__
                 raise ValueError(f"an average must match its parameter {list(parameter.shape)}; got {given}.")
-    return profiles, decays
 
 
 @torch.no_grad()
 def ema_update(
     averages: Sequence[Tensor] | Sequence[Sequence[Tensor]],
     parameters: Sequence[Tensor],
-    decay: float | Sequence[float],
+    decay: Scalar | Sequence[Scalar],
+    *,
+    seed: int | None = None,
+    update: Scalar = 0,
+    origins: Sequence[int] | None = None,
 ) -> None:
-    """Move averages towards parameters, in place.
+    """Move averages towards parameters, in place: one call for all tensors and profiles.
 
-    averages: tensors like parameters, or, when decay is a sequence, one such list per decay. decay is in [0, 1]: 1
-    keeps the average, 0 copies the parameter exactly. Raises ValueError when lists, shapes, devices or decays do not
-    fit.
+    averages: tensors like parameters (whole, or this rank's shards), or, when decay is a sequence, one such list per
+    decay. decay is in [0, 1]: 1 keeps the average, 0 copies the parameter exactly; as a 0-d tensor it is read on the
+    device, unchecked (float64 keeps the digits of one near 1). With a seed, bfloat16 averages are rounded
+    stochastically by numbers that depend on seed, update (its number, an int or a 0-d tensor), profile and element
+    alone; `origins` gives the number of each tensor's first element (multiples of 8) where shards of one tensor are
+    averaged apart. Raises ValueError when lists, shapes, devices, decays or origins do not fit.
     """
     parameters = list(parameters)
-    profiles, decays = _profiles(averages, parameters, decay)
+    several = isinstance(decay, Sequence)
+    profiles, decays = (list(averages), list(decay)) if several else ([averages], [decay])
+    if len(profiles) != len(decays):
+        raise ValueError(
+            f"ema_update got {len(profiles)} lists of averages for {len(decays)} decays; pass one list each."
+        )
+    if not parameters or not profiles:
+        check_averages(profiles, parameters)
+        return
+    for rate in decays:
+        check_scalar("decay", rate, parameters[0].device, 0.0, 1.0)
+    check_averages(profiles, parameters)
+    starts = element_origins(parameters) if origins is None else list(origins)
+    if len(starts) != len(parameters) or any(start % _ROOM or start < 0 for start in starts):
+        raise ValueError(f"origins must hold a multiple of 8 for each of {len(parameters)} parameters; got {starts}.")
     groups: dict[torch.device, list[int]] = {}
     for i, parameter in enumerate(parameters):
         groups.setdefault(parameter.device, []).append(i)
     for device, members in groups.items():
-        fast = []
-        if backends.choose("ema_update", device.type)[0] != "reference":
-            fast = [i for i in members if all(_fits(profile[i], parameters[i]) for profile in profiles)]
-            if fast:
-                _call_c([[profile[i] for i in fast] for profile in profiles], [parameters[i] for i in fast], decays)
+        fast: list[int] = []
+        if backends.choose("ema_update", device.type)[0] != "reference" and not registration.tracing():
+            fast = [i for i in members if all(fits(profile[i], parameters[i]) for profile in profiles)]
+        if fast:
+            own = [[profile[i] for i in fast] for profile in profiles]
+            _call_c(own, [parameters[i] for i in fast], decays, [starts[i] for i in fast], seed, update)
         rest = sorted(set(members) - set(fast))
         if rest:
-            for profile, rate in zip(profiles, decays):
-                reference([profile[i] for i in rest], [parameters[i] for i in rest], rate)
+            values, begin = [parameters[i] for i in rest], [starts[i] for i in rest]
+            for p, (profile, rate) in enumerate(zip(profiles, decays)):
+                reference([profile[i] for i in rest], values, rate, seed=seed, update=update, profile=p, origins=begin)

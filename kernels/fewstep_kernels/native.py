@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+SCALAR_DTYPES = {torch.float32: 0, torch.float64: 3, torch.int64: 4}
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES = {
     "lincomb": [_int, _int, _int, _int, _pointer, _pointer, _pointer, _int],
     "normal": [_pointer, _int, _int, _int, _pointer, _int],
     "uniform": [_pointer, _int, _int, _int, _pointer, _int],
-    "ema_update": [_int, _int, _pointer, _pointer],
+    "ema_update": [_int, _int, _pointer, _pointer, _pointer, _pointer],
+    "multi_tensor_l2norm": [_int, _pointer, _pointer, _pointer, _int],
+    "adamw_ema_step": [_int, _int, _pointer, _pointer, _pointer, _pointer],
     "inner_products": [_int, _int, _int, _int, _pointer, _pointer, _int],
 }
-_ON_CUDA = ("lincomb", "normal", "uniform", "ema_update")
+_ON_CUDA = ("lincomb", "normal", "uniform", "ema_update", "multi_tensor_l2norm", "adamw_ema_step")
 
 
 class Library:
@@ -74,6 +78,21 @@ def call(name: str, tensor: Tensor, *arguments: object) -> None:
         code = cpu().functions[name](*arguments, torch.get_num_threads())
     if code:
         raise RuntimeError(f"fewstep_{tensor.device.type}_{name} failed with code {code}.")
+
+
+class _Scalar(ctypes.Structure):
+    _fields_ = (("value", ctypes.c_double), ("address", _int), ("dtype", _int))
+
+
+def scalars(values: Sequence[float | Tensor]) -> ctypes.Array:
+    """Numbers as the C functions take them: floats by value, 0-d tensors (float32, float64, int64) by address."""
+    array = (_Scalar * len(values))()
+    for slot, value in zip(array, values):
+        if isinstance(value, Tensor):
+            slot.address, slot.dtype = value.data_ptr(), SCALAR_DTYPES[value.dtype]
+        else:
+            slot.value = value
+    return array
 
 
 @functools.cache

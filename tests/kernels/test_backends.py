@@ -99,4 +99,7 @@ def test_the_cuda_library_loads_and_checks_its_arguments_without_a_gpu():
     assert library.functions["lincomb"](99, 1, 1, 1, table, table, None, 0, None) == 1
     assert library.functions["lincomb"](1, 1, 0, 1, table, table, None, 0, None) == 0
     assert library.functions["normal"](None, 1, 5, -1, None, 0, None) == 1
-    assert library.functions["ema_update"](0, 1, table, None, None) == 0
+    assert library.functions["ema_update"](0, 1, table, None, None, None, None) == 0
+    assert library.functions["ema_update"](1, 0, table, None, None, None, None) == 1
+    assert library.functions["adamw_ema_step"](0, 5, table, None, None, None, None) == 1
+    assert library.functions["multi_tensor_l2norm"](0, table, None, None, 1, None) == 1
