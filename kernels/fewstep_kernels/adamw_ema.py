@@ -24,6 +24,7 @@ from . import backends, ema, native, registration
 from .ema import Scalar
 
 MOST_AVERAGES = 4
+_EMPTY = 16
 
 
 def reference(
@@ -85,7 +86,8 @@ def _call_c(rows, device_of, profiles, scalars, seed) -> None:
     for parameter, gradient, exp_avg, exp_avg_sq, step, weight_decay, copy, origin, averages in rows:
         values += (parameter.numel(), origin, struct.unpack("q", struct.pack("d", weight_decay))[0])
         for tensor in (parameter, gradient, exp_avg, exp_avg_sq, step, copy, *averages):
-            values += (0, 0) if tensor is None else (tensor.data_ptr(), dtypes[tensor.dtype])
+            # an empty tensor has address 0, which would say that there is none; nothing is read there
+            values += (0, 0) if tensor is None else (tensor.data_ptr() or _EMPTY, dtypes[tensor.dtype])
     corrections = torch.empty(2 * len(rows), dtype=torch.float64, device=device_of.device)
     native.call(
         "adamw_ema_step",
