@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-import torch
+from fewstep import host
 
-from fewstep import artefact, nets, solvers
-from fewstep.diffusion import schedules
-from fewstep.diffusion.denoiser import Denoiser
+host.prepare()  # before torch starts its threads
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from fewstep import artefact, nets, solvers  # noqa: E402
+from fewstep.diffusion import schedules  # noqa: E402
+from fewstep.diffusion.denoiser import Denoiser  # noqa: E402
 from fewstep.diffusion.prediction import Prediction
 from fewstep.export.onnx import export_onnx
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fewstep import host
 from fewstep.errors import UserError
 
 Command = Callable[[argparse.Namespace], None]
@@ -250,6 +251,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0; 2 after a user's mistake (one sentence on stderr); 130 after Ctrl-C."""
+    host.prepare()
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)

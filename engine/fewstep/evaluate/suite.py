@@ -79,7 +79,7 @@ def evaluate(
     *,
     samples: int = SAMPLES,
     seed: int = 0,
-    batch: int = 1000,
+    batch: int = 250,
     resamples: int = bootstrap.RESAMPLES,
     reference: str | None = None,
     comparisons: Sequence[tuple[str, str, float | None]] = (),

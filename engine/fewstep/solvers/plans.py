@@ -172,10 +172,11 @@ def _stage(data: Mapping[str, Any]) -> Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One evaluation as a solver family writes it, in terms of the clean-sample estimate "D" of this evaluation.
+    """One evaluation as a solver family writes it, in terms of the clean-sample estimate "D" or the noise estimate "E"
+    of this evaluation.
 
-    `outputs` maps "x", "base" or a history slot ("d0", "d1", ..) to coefficients on "x", "base", "D", past slots and
-    "noise". `step` is the step of the grid it belongs to (guidance is chosen by step).
+    `outputs` maps "x", "base" or a history slot ("d0", "d1", ..) to coefficients on "x", "base", "D", "E", past slots
+    and "noise". `step` is the step of the grid it belongs to (guidance is chosen by step).
     """
 
     time: float
@@ -194,30 +195,32 @@ def compiled(
     initial_scale: float,
     options: Mapping[str, Any],
 ) -> Plan:
-    """Rows in D to a plan on raw network outputs: D = c_x x + c_out (w cond + (1 - w) uncond) is folded in, outputs
-    that nothing reads are dropped, and the next network input's scaling becomes one more row.
+    """Rows in D and E to a plan on raw network outputs: D = c_x x + c_out (w cond + (1 - w) uncond) is folded in (and E
+    likewise), outputs that nothing reads are dropped, and the next network input's scaling becomes one more row.
     """
     stages: list[Stage] = []
     streams = 0
     scales = [float(prediction.input_scale(schedule, row.time)) for row in rows]
     scale_of = [guidance[row.step] if guiding.is_guided(guidance[row.step]) else None for row in rows]
     for index, row in enumerate(rows):
-        of_x, of_output = (float(value) for value in prediction.coefficients(schedule, row.time))
         weight = scale_of[index]
-        columns = {"cond": of_output}
+        columns = {"cond": 1.0}
         if weight is not None:
             of_cond, of_uncond = guiding.coefficients(weight)
-            columns = {"cond": of_output * float(of_cond), "uncond": of_output * float(of_uncond)}
+            columns = {"cond": float(of_cond), "uncond": float(of_uncond)}
 
         outputs: dict[str, dict[str, float]] = {}
         for name, terms in row.outputs.items():
             if name != "x" and not _is_read(name, rows[index + 1 :]):
                 continue
-            folded = {key: float(value) for key, value in terms.items() if key != "D" and value != 0.0}
-            if terms.get("D", 0.0) != 0.0:
-                folded["x"] = folded.get("x", 0.0) + terms["D"] * of_x
+            folded = {key: float(value) for key, value in terms.items() if key not in _ESTIMATES and value != 0.0}
+            for estimate, coefficients_of in _ESTIMATES.items():
+                if terms.get(estimate, 0.0) == 0.0:
+                    continue
+                of_x, of_output = (float(value) for value in coefficients_of(prediction, schedule, row.time))
+                folded["x"] = folded.get("x", 0.0) + terms[estimate] * of_x
                 for key, value in columns.items():
-                    folded[key] = terms["D"] * value
+                    folded[key] = folded.get(key, 0.0) + terms[estimate] * (of_output * value)
             outputs[name] = folded
         last = index + 1 == len(rows)
         if not last and (scales[index + 1] != 1.0 or scale_of[index + 1] is not None):
@@ -244,6 +247,7 @@ def compiled(
     return Plan(solver, schedule, prediction, tuple(stages), float(initial_scale), plain)
 
 
+_ESTIMATES = {"D": Prediction.coefficients, "E": Prediction.noise_coefficients}
 _ORDER = ("x", "base", "cond", "uncond", "d0", "d1", "d2", "d3", "d4", "d5")
 
 

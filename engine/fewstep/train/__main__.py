@@ -7,12 +7,13 @@ import os
 import sys
 from pathlib import Path
 
-from fewstep import config
+from fewstep import config, host
 from fewstep.errors import UserError
 from fewstep.train import train
 
 
 def main(arguments: list[str]) -> int:
+    host.prepare()
     recipe = config.from_dict(json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
     try:
         train(recipe, resume="--resume" in arguments[1:])
