@@ -8,12 +8,12 @@ from fewstep import host
 
 host.prepare()  # before torch starts its threads
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from fewstep import artefact, nets, solvers  # noqa: E402
-from fewstep.diffusion import schedules  # noqa: E402
-from fewstep.diffusion.denoiser import Denoiser  # noqa: E402
+from fewstep import artefact, nets, solvers
+from fewstep.diffusion import schedules
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.prediction import Prediction
 from fewstep.export.onnx import export_onnx
 
