@@ -6,18 +6,27 @@
 
 namespace {
 
+/* Two vectors of 32 bytes a turn, whatever the set: this streams memory, which 64-byte stores slowed by a tenth (measured on Zen 4). */
+template <class T, class Step>
+void stream(T *average, const T *parameter, int64_t count, const Step &step) {
+    typedef T Vector __attribute__((vector_size(32)));
+    constexpr int64_t LANES = 32 / sizeof(T);
+    int64_t i = 0;
+    for (; i + 2 * LANES <= count; i += 2 * LANES) {
+        Vector a, b, p, q;
+        memcpy(&a, average + i, 32), memcpy(&b, average + i + LANES, 32);
+        memcpy(&p, parameter + i, 32), memcpy(&q, parameter + i + LANES, 32);
+        a = step(a, p), b = step(b, q);
+        memcpy(average + i, &a, 32), memcpy(average + i + LANES, &b, 32);
+    }
+    for (; i < count; ++i) average[i] = step(average[i], parameter[i]);
+}
+
 template <class T>
 void approach(T *average, const T *parameter, T weight, int64_t count) {
     const T rest = (T)1 - weight;
-    if (weight < (T)0.5) {
-#pragma GCC ivdep
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < count; ++i) average[i] += weight * (parameter[i] - average[i]);
-    } else { /* exact at weight 1 */
-#pragma GCC ivdep
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < count; ++i) average[i] = parameter[i] - (parameter[i] - average[i]) * rest;
-    }
+    if (weight < (T)0.5) stream(average, parameter, count, [weight](auto a, auto p) { return a + weight * (p - a); });
+    else stream(average, parameter, count, [rest](auto a, auto p) { return p - (p - a) * rest; }); /* exact at weight 1 */
 }
 
 /* Sixteen random bits an element: element 8 g + j takes word j % 4 of block g, its low half for j < 4, else its high half. */
