@@ -21,6 +21,7 @@ DATA = {
     "mixture": Mixture([0.4, 0.6], [[-0.5, 0.3], [0.4, -0.2]], [0.5, 0.35]),
 }
 STEPS = (64, 128, 256)
+COLD = "log_snr"  # starts with one step of order 1: an error of the order of that step squared, small where D is flat
 
 
 @functools.cache
@@ -32,34 +33,70 @@ def truth(data: str, name: str) -> tuple[schedules.Schedule, float, float, torch
     return schedule, first, last, noise, DATA[data].flow_map(schedule.sigma(first) * noise, schedule, first, last)
 
 
+def graded(schedule: schedules.Schedule, first: float, last: float, steps: int) -> list[float]:
+    """Times whose lambda rises with the cube of the step's number: the warm-up's low-order steps, of size N^-3, cost
+    less than any order measured here, and the steps are uneven.
+    """
+    at, to = schedule.half_log_snr(first), schedule.half_log_snr(last)
+    return [first, *(schedule.time_of_half_log_snr(at + (to - at) * (i / steps) ** 3) for i in range(1, steps)), last]
+
+
 def errors(data: str, name: str, solver: str, grid: str, prediction: str = "v", **options) -> list[float]:
     schedule, first, last, noise, exact = truth(data, name)
     teacher = DATA[data].teacher(schedule, prediction)
     found = []
     for steps in STEPS:
         laid = {"name": grid, "start": first, "end": last, "zero": "none"}
+        if grid == "graded":
+            laid = graded(schedule, first, last, steps)
         plan = solvers.plan(solver, schedule, steps, grid=laid, prediction=prediction, **options)
         found.append(float((solvers.sample(teacher, plan, noise) - exact).abs().max()))
     return found
 
 
 CASES = [
-    ("ddim", 1, {}),
-    ("euler", 1, {}),
-    ("heun", 2, {}),
-    ("heun", 2, {"coordinate": "flow"}),
-    ("dpmpp_2m", 2, {}),
-    ("dpmpp_2m", 2, {"variant": "exact"}),
-    ("dpmpp_2m", 1, {"order": 1}),
+    # solver, order by theory, grid, options
+    ("ddim", 1, COLD, {}),
+    ("euler", 1, COLD, {}),
+    ("heun", 2, COLD, {}),
+    ("heun", 2, COLD, {"coordinate": "flow"}),
+    ("dpmpp_2m", 2, COLD, {}),
+    ("dpmpp_2m", 2, COLD, {"variant": "exact"}),
+    ("dpmpp_2m", 1, COLD, {"order": 1}),
+    ("dpmpp_3m", 2, COLD, {"order": 2}),
+    ("dpmpp_3m", 3, "graded", {}),
+    ("dpmpp_3m", 2, "graded", {"curvature": "half_weight"}),  # as published: half the second difference is missing
+    ("exponential", 2, COLD, {"order": 2, "slope": "midpoint"}),
+    ("exponential", 4, "graded", {"order": 4}),
+    ("exponential", 2, COLD, {"order": 2, "form": "eps"}),
+    ("exponential", 3, "graded", {"order": 3, "form": "eps"}),
+    ("exponential", 4, "graded", {"order": 4, "form": "eps"}),
+    ("dpm_solver", 1, COLD, {"order": 1}),
+    ("dpm_solver", 2, COLD, {"order": 2}),
+    ("dpm_solver", 2, COLD, {"order": 2, "variant": "taylor", "ratio": 0.7}),
+    ("dpm_solver", 3, COLD, {"order": 3}),
+    ("dpmpp_2s", 2, COLD, {}),
+    ("dpmpp_2s", 2, COLD, {"variant": "taylor"}),
+    ("dpmpp_3s", 3, COLD, {}),
+    ("dpmpp_3s", 3, "graded", {"variant": "taylor"}),
+    # the corrector adds one order to the predictor's; a lowered last step of order 1 leaves 2
+    ("unipc", 2, COLD, {"order": 1}),
+    ("unipc", 3, "graded", {"order": 2}),
+    ("unipc", 3, "graded", {"order": 2, "variant": "bh1"}),
+    ("unipc", 4, "graded", {"order": 3}),
+    ("unipc", 2, COLD, {"order": 3, "lower_order_final": True}),
+    ("unipc", 3, "graded", {"order": 2, "form": "eps"}),
 ]
 
 
-@pytest.mark.parametrize(("solver", "order", "options"), CASES)
+@pytest.mark.parametrize(("solver", "order", "grid", "options"), CASES)
 @pytest.mark.parametrize("data", DATA)
-def test_order_of_convergence_is_the_theorys(data, solver, order, options):
-    found = errors(data, "vp", solver, "log_snr", **options)
-    for coarse, fine in itertools.pairwise(found):
-        assert order - 0.15 <= math.log2(coarse / fine) <= order + 0.15
+def test_order_of_convergence_is_the_theorys(data, solver, order, grid, options):
+    found = errors(data, "vp", solver, grid, **options)
+    early, late = (math.log2(coarse / fine) for coarse, fine in itertools.pairwise(found))
+    assert early >= order - 0.35 and late >= order - 0.15
+    # above the second order the leading term may cancel on data this smooth
+    assert order > 2 or late <= order + 0.15
 
 
 @pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("heun", 2), ("dpmpp_2m", 2)])

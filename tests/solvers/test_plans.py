@@ -117,8 +117,8 @@ EDM, FLOW = schedules.get("edm"), schedules.get("flow")
     ("call", "words"),
     [
         (
-            lambda: solvers.plan("dpmpp", EDM, 4),
-            "solver 'dpmpp' is not known (did you mean 'dpmpp_2m'?); choose one of: ",
+            lambda: solvers.plan("dpmpp2m", EDM, 4),
+            "solver 'dpmpp2m' is not known (did you mean 'dpmpp_2m'?); choose one of: ",
         ),
         (lambda: solvers.plan("ddim", EDM, 0), "steps is 0; give a whole number of at least 1"),
         (lambda: solvers.plan("ddim", EDM, 4, grid="linear"), "grid 'linear' is not known"),
@@ -133,6 +133,16 @@ EDM, FLOW = schedules.get("edm"), schedules.get("flow")
         (lambda: solvers.plan("ddim", EDM, 4, eta=1.5), "eta=1.5; give a number from 0 (deterministic) to 1"),
         (lambda: solvers.plan("dpmpp_2m", EDM, 1, order=2), "order 2 needs 2 steps and got 1"),
         (lambda: solvers.plan("dpmpp_2m", EDM, 9, order=3), "order=3; choose one of: 1, 2"),
+        (lambda: solvers.plan("dpmpp_3m", EDM, 2, order=3), "'dpmpp_3m' of order 3 needs 3 steps and got 2"),
+        (lambda: solvers.plan("unipc", EDM, 5, order=4), "solver 'unipc' got order=4; choose one of: 1, 2, 3"),
+        (lambda: solvers.plan("unipc", EDM, 5, disable_corrector=[5]), "disable_corrector=[5]; name steps 0 to 4"),
+        (lambda: solvers.plan("dpmpp_2s", EDM, 5, ratio=0.0), "ratio=0.0; give a number above 0 and at most 1"),
+        (lambda: solvers.plan("dpm_solver", EDM, 5, inner="own"), "inner of solver 'dpm_solver', 'own' is not known"),
+        (lambda: solvers.plan("dpmpp_2m_sde", EDM, 5, eta=-1.0), "eta=-1.0; give a number of at least 0"),
+        (
+            lambda: solvers.plan("dpmpp_2m_sde", EDM, 2, grid=[0.1, 0.5, 1.0]),
+            "solver 'dpmpp_2m_sde' got a rising grid; inversion is deterministic",
+        ),
         (lambda: solvers.plan("heun", EDM, 4, coordinate="time"), "coordinate of solver 'heun', 'time' is not known"),
         (lambda: solvers.plan("heun", FLOW, 4, coordinate="ratio", prediction="v"), "alpha is zero at t=1.0"),
         (lambda: solvers.plan("ddim", FLOW, 4, prediction="eps"), "prediction 'eps' says nothing about the picture"),

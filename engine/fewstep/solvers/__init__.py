@@ -1,6 +1,6 @@
 """Solvers as data: `plan` compiles one to a table, `sample` and `execute` run any table."""
 
-from fewstep.solvers import consistency, ddim, dpmpp, euler, grids, heun
+from fewstep.solvers import consistency, ddim, dpm_solver, dpmpp, euler, grids, heun, unipc
 from fewstep.solvers.executor import Execution, execute, sample
 from fewstep.solvers.per_sample import row, step
 from fewstep.solvers.plans import Plan, Stage
@@ -13,6 +13,7 @@ __all__ = [
     "consistency",
     "ddim",
     "describe",
+    "dpm_solver",
     "dpmpp",
     "euler",
     "execute",
@@ -24,4 +25,5 @@ __all__ = [
     "row",
     "sample",
     "step",
+    "unipc",
 ]

@@ -1,0 +1,187 @@
+"""DPM-Solver and DPM-Solver++ singlestep, orders 1 to 3. Lu et al. 2022, 2206.00927 (noise form, algorithms 1 and 2)
+and 2211.01095 (clean-sample form, algorithm 1).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from fewstep.diffusion import real
+from fewstep.diffusion.schedules import Schedule
+from fewstep.errors import UserError
+from fewstep.solvers import multistep
+from fewstep.solvers.grids import is_clean
+from fewstep.solvers.plans import Row
+from fewstep.solvers.registry import register
+
+VARIANTS = ("midpoint", "taylor")
+INNER = ("between", "grid")
+
+
+def _singlestep(
+    solver: str,
+    schedule: Schedule,
+    times: Sequence[float],
+    order: int,
+    *,
+    form: str,
+    variant: str,
+    inner: str,
+    ratio: float | None = None,
+    strength: float = 0.0,
+) -> list[Row]:
+    multistep.chosen(solver, "variant", variant, VARIANTS)
+    multistep.chosen(solver, "inner", inner, INNER)
+    if strength > 0.0:
+        multistep.falling(solver, times, "inversion is deterministic, give strength=0.")
+    if not strength >= 0.0:
+        raise UserError(f"solver {solver!r} got strength={strength!r}; give a number of at least 0.")
+    if ratio is not None and not 0.0 < ratio <= 1.0:
+        raise UserError(f"solver {solver!r} got ratio={ratio!r}; give a number above 0 and at most 1.")
+    if inner == "grid":
+        blocks = _grid_blocks(schedule, times, order)
+    else:
+        blocks = _own_blocks(schedule, times, order, ratio)
+    table = []
+    for block, steps in blocks:
+        for stage, (t, s) in enumerate(itertools.pairwise(block)):
+            table.append(
+                Row(
+                    t,
+                    s,
+                    _stage_outputs(schedule, block, stage, len(block) - 1, form, variant, inner, strength, s),
+                    steps[stage],
+                )
+            )
+    return table
+
+
+def _stage_outputs(
+    schedule: Schedule,
+    block: Sequence[float],
+    stage: int,
+    order: int,
+    form: str,
+    variant: str,
+    inner: str,
+    strength: float,
+    s: float,
+) -> dict[str, dict[str, float]]:
+    """One evaluation of a block of `order`: from the block's start (in "base" after the first) to the next node."""
+    current = "D" if form == "x0" else "E"
+    if stage == 0:
+        known = {current: block[0]}
+    elif stage == 1 or variant == "midpoint":
+        known = {"d0": block[0], current: block[stage]}
+    else:
+        known = {"d0": block[0], "d1": block[1], current: block[2]}
+    # the rule "midpoint" halves I_0 where the last row of a second-order block would take I_1
+    halved = variant == "midpoint" and stage == 1 and (order == 2 or inner == "grid")
+    update = multistep.exponential(
+        schedule,
+        block[0],
+        s,
+        known,
+        form=form,
+        slope="midpoint" if halved else "exact",
+        strength=strength,
+        state="x" if stage == 0 else "base",
+    )
+    outputs = {"x": update}
+    if stage == 0 and order > 1:
+        outputs["base"] = {"x": 1.0}
+    if stage + 1 < order:
+        outputs[f"d{stage}"] = {current: 1.0}
+    return outputs
+
+
+Blocks = list[tuple[list[float], list[int]]]
+
+
+def _own_blocks(schedule: Schedule, times: Sequence[float], order: int, ratio: float | None) -> Blocks:
+    """Every step of the grid with its own inner nodes, even in lambda (or at `ratio` of the way, for order 2)."""
+    blocks: Blocks = []
+    for step, (t, s) in enumerate(itertools.pairwise(times)):
+        at, to = schedule.half_log_snr(t), schedule.half_log_snr(s)
+        if order == 1 or is_clean(schedule, s) or real.isinf(at):
+            blocks.append(([t, s], [step]))
+            continue
+        parts = [ratio or 0.5] if order == 2 else [1 / 3, 2 / 3]
+        inside = [float(schedule.time_of_half_log_snr(at + part * (to - at))) for part in parts]
+        blocks.append(([t, *inside, s], [step] * order))
+    return blocks
+
+
+def _grid_blocks(schedule: Schedule, times: Sequence[float], order: int) -> Blocks:
+    """Consecutive times of the grid as inner nodes; the grid's last times go to blocks of lower order (2206.00927,
+    section 3.4: 3, .., 3, 2, 1, or 3, .., 3, 1, or 3, .., 3, 2).
+    """
+    steps = len(times) - 1
+    lengths = [order] * (steps // order) + [steps % order] * (steps % order > 0)
+    if order == 3 and steps % 3 == 0:
+        lengths[-1:] = [2, 1]
+    if order == 2 and steps % 2 == 0:
+        lengths[-1:] = [1, 1]
+    if is_clean(schedule, times[-1]) and lengths[-1] > 1:
+        lengths[-1:] = [lengths[-1] - 1, 1]
+    if real.isinf(schedule.half_log_snr(times[0])) and lengths[0] > 1:
+        lengths[:1] = [1, lengths[0] - 1]
+    blocks, start = [], 0
+    for length in lengths:
+        blocks.append((list(times[start : start + length + 1]), list(range(start, start + length))))
+        start += length
+    return blocks
+
+
+@register("dpm_solver", "order 1 to 3 (default 2), that many evaluations a step; 2206.00927")
+def dpm_solver(
+    schedule: Schedule,
+    times: Sequence[float],
+    *,
+    order: int = 2,
+    variant: str = "midpoint",
+    ratio: float | None = None,
+    inner: str = "between",
+) -> list[Row]:
+    """The noise form. Steps from pure noise and to sigma' = 0 are of order 1.
+
+    `variant`: "midpoint" (the paper's; at order 3 its two-node rule) or "taylor" (exact integrals through all nodes).
+    `ratio` places the inner node of order 2. `inner`: "between" puts `order` evaluations in each step, at even lambda;
+    "grid" takes the grid's own times as inner nodes, one evaluation a step (diffusers), and keeps order 3 only where
+    lambda is evenly spaced.
+    """
+    if order not in (1, 2, 3):
+        raise UserError(f"solver 'dpm_solver' got order={order!r}; choose one of: 1, 2, 3.")
+    return _singlestep("dpm_solver", schedule, times, order, form="eps", variant=variant, ratio=ratio, inner=inner)
+
+
+@register("dpmpp_2s", "order 2, two evaluations a step; 2211.01095")
+def dpmpp_2s(
+    schedule: Schedule,
+    times: Sequence[float],
+    *,
+    variant: str = "midpoint",
+    ratio: float | None = None,
+    inner: str = "between",
+    strength: float = 0.0,
+) -> list[Row]:
+    """The clean-sample form of order 2; options as dpm_solver's. `strength` (tau, 0 the ODE, 1 the reverse SDE) makes
+    every row draw its own noise.
+    """
+    return _singlestep(
+        "dpmpp_2s", schedule, times, 2, form="x0", variant=variant, ratio=ratio, inner=inner, strength=strength
+    )
+
+
+@register("dpmpp_3s", "order 3, three evaluations a step; 2211.01095")
+def dpmpp_3s(
+    schedule: Schedule,
+    times: Sequence[float],
+    *,
+    variant: str = "midpoint",
+    inner: str = "between",
+    strength: float = 0.0,
+) -> list[Row]:
+    """The clean-sample form of order 3; options as dpmpp_2s'."""
+    return _singlestep("dpmpp_3s", schedule, times, 3, form="x0", variant=variant, inner=inner, strength=strength)

@@ -1,0 +1,122 @@
+"""What the multistep families share: the exponential row of any order, the orders of each step, the history ring."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from fewstep.diffusion import real
+from fewstep.diffusion.schedules import Schedule
+from fewstep.errors import UserError, choose
+from fewstep.solvers import moments, rows
+from fewstep.solvers.grids import is_clean
+
+SLOPES = ("midpoint", "exact")
+CURVATURES = ("exact", "half_weight", "wrong_sign")
+FORMS = ("x0", "eps")
+
+
+def total(*parts: tuple[float, Mapping[str, float]]) -> dict[str, float]:
+    """The sum of factor * terms."""
+    found: dict[str, float] = {}
+    for factor, terms in parts:
+        for name, value in terms.items():
+            found[name] = found.get(name, 0.0) + factor * value
+    return found
+
+
+def chosen_order(solver: str, order: int | None, default: int, known: Sequence[int], steps: int) -> int:
+    """The order to use; the default fits any number of steps, a given one must."""
+    if order is None:
+        return default
+    if isinstance(order, bool) or order not in known:
+        raise UserError(f"solver {solver!r} got order={order!r}; choose one of: {', '.join(map(str, known))}.")
+    if order > steps:
+        raise UserError(
+            f"solver {solver!r} of order {order} needs {order} steps and got {steps}; lower one or raise the other."
+        )
+    return order
+
+
+def chosen(solver: str, option: str, given: str, known: Sequence[str]) -> str:
+    if given not in known:
+        raise choose(f"{option} of solver {solver!r},", given, known)
+    return given
+
+
+def falling(solver: str, times: Sequence[float], why: str) -> None:
+    """Refuses a rising grid."""
+    if times[-1] > times[0]:
+        raise UserError(f"solver {solver!r} got a rising grid; {why}")
+
+
+def orders(steps: int, order: int, lower_order_final: bool = False, euler_at_final: bool = False) -> list[int]:
+    """Orders 1, 2, .. up to `order`; `lower_order_final` ends on 2, 1 below 15 steps, as the published code of
+    2211.01095 does, `euler_at_final` ends on 1.
+    """
+    found = [min(order, i + 1) for i in range(steps)]
+    if lower_order_final and steps < 15:
+        found[-2:] = [min(found[-2:][0], 2), 1] if steps > 1 else [1]
+    if euler_at_final:
+        found[-1] = 1
+    return found
+
+
+def ring(step: int, depth: int, current: str = "D") -> list[str]:
+    """Names of this step's estimate and the `depth` before it, newest first; this one is kept in slot step % depth."""
+    return [current, *(f"d{(step - j) % depth}" for j in range(1, min(step, depth) + 1))] if depth else [current]
+
+
+def kept(step: int, depth: int, current: str = "D") -> dict[str, dict[str, float]]:
+    """The output that keeps this step's estimate in the ring."""
+    return {f"d{step % depth}": {current: 1.0}} if depth else {}
+
+
+def exponential(
+    schedule: Schedule,
+    t: float,
+    s: float,
+    estimates: Mapping[str, float],
+    *,
+    form: str = "x0",
+    slope: str = "exact",
+    curvature: str = "exact",
+    strength: float = 0.0,
+    state: str = "x",
+) -> dict[str, float]:
+    """Terms of x_s from `state` at time t: the polynomial through `estimates` (name -> time), integrated exactly.
+
+    Clean-sample form, of the reverse SDE of strength tau (0: the ODE), with H = (1 + tau^2) h and I_k = decaying(H):
+    x' = (sigma'/sigma) e^{-tau^2 h} x + alpha' sum w_j D_j + sigma' sqrt(1 - e^{-2 tau^2 h}) z (2309.05019, eq. 17).
+    Noise form: x' = (alpha'/alpha) x - sigma' sum w_j eps_j (2206.00927, eq. 3.4).
+    An estimate at infinite lambda has no weight; from there, or down to sigma = 0, the row is the first-order jump
+    of the first estimate, which must be at t then.
+    """
+    at, to = schedule.half_log_snr(t), schedule.half_log_snr(s)
+    first = next(iter(estimates))
+    if is_clean(schedule, s) or real.isinf(at):
+        keep, gain = rows.jump(schedule, t, s)
+        if strength > 0.0 and real.isinf(at):
+            return {"D" if first == "E" else first: schedule.alpha(s), "noise": schedule.sigma(s)}
+        return {state: keep, "D" if first == "E" else first: gain}
+    h = to - at
+    nodes = {name: (schedule.half_log_snr(time) - at) / h for name, time in estimates.items()}
+    nodes = {name: u for name, u in nodes.items() if math.isfinite(u)}
+    count = len(nodes)
+    if form == "x0":
+        found = moments.decaying((1.0 + strength * strength) * h, count)
+    else:
+        found = moments.growing(h, count)
+    if count == 2 and slope == "midpoint":
+        found[1] = 0.5 * found[0]
+    if count == 3 and curvature != "exact":
+        found[2] = 0.5 * found[2] - (1.0 if curvature == "wrong_sign" else 0.0)
+    parts = dict(zip(nodes, moments.weights(list(nodes.values()), found)))
+    if form == "eps":
+        terms = {state: schedule.alpha(s) / schedule.alpha(t)}
+        return total((1.0, terms), (-schedule.sigma(s), parts))
+    decay = strength * strength * h
+    terms = {state: schedule.sigma(s) / schedule.sigma(t) * math.exp(-decay)}
+    if strength > 0.0:
+        terms["noise"] = schedule.sigma(s) * math.sqrt(-math.expm1(-2.0 * decay))
+    return total((1.0, terms), (schedule.alpha(s), parts))
