@@ -1,6 +1,20 @@
 """Solvers as data: `plan` compiles one to a table, `sample` and `execute` run any table."""
 
-from fewstep.solvers import consistency, ddim, dpm_solver, dpmpp, euler, grids, heun, unipc
+from fewstep.solvers import (
+    ancestral,
+    consistency,
+    ddim,
+    deis,
+    dpm_solver,
+    dpmpp,
+    euler,
+    grids,
+    heun,
+    jumps,
+    pndm,
+    sa,
+    unipc,
+)
 from fewstep.solvers.executor import Execution, execute, sample
 from fewstep.solvers.per_sample import row, step
 from fewstep.solvers.plans import Plan, Stage
@@ -10,8 +24,10 @@ __all__ = [
     "Execution",
     "Plan",
     "Stage",
+    "ancestral",
     "consistency",
     "ddim",
+    "deis",
     "describe",
     "dpm_solver",
     "dpmpp",
@@ -19,10 +35,13 @@ __all__ = [
     "execute",
     "grids",
     "heun",
+    "jumps",
     "names",
     "plan",
+    "pndm",
     "register",
     "row",
+    "sa",
     "sample",
     "step",
     "unipc",

@@ -15,14 +15,20 @@ from fewstep.solvers.registry import register
 
 
 @register("ddim", "order 1 (weak order 1 for eta > 0); 2010.02502")
-def ddim(schedule: Schedule, times: Sequence[float], *, eta: float = 0.0) -> list[Row]:
-    """One evaluation a step; eta from 0 (the ODE) to 1 (ancestral sampling). No noise is drawn where sigma' = 0."""
+def ddim(schedule: Schedule, times: Sequence[float], *, eta: float = 0.0, stride: float | None = None) -> list[Row]:
+    """One evaluation a step; eta from 0 (the ODE) to 1 (ancestral sampling). No noise is drawn where sigma' = 0.
+
+    `stride` reproduces diffusers' target, t - 1000 // N rather than the next time of the grid: where the two differ, as
+    on "linspace", the state is at another level than the network is told.
+    """
     if not 0.0 <= eta <= 1.0:
         raise UserError(f"solver 'ddim' got eta={eta!r}; give a number from 0 (deterministic) to 1 (ancestral).")
     if eta > 0.0 and times[-1] > times[0]:
         raise UserError(f"solver 'ddim' got eta={eta!r} on a rising grid; inversion is deterministic, give eta=0.")
     table = []
     for step, (t, s) in enumerate(itertools.pairwise(times)):
+        if stride is not None:
+            s = t - stride if t - stride >= 0.0 else times[-1]
         if eta == 0.0:
             of_x, of_denoised = rows.jump(schedule, t, s)
             of_noise = 0.0

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError, choose
+from fewstep.solvers import indices
 
 Grid = str | Sequence[float] | Mapping[str, Any]
 
@@ -199,6 +201,78 @@ def exponential(
         return float(schedule.time_of_half_log_snr(low + (1.0 - u) ** rho * (high - low)))
 
     return _laid(schedule, steps, start, end, zero, place, finite=True)
+
+
+@_grid("beta")
+def beta(
+    schedule: Schedule,
+    steps: int,
+    start: float | None = None,
+    end: float | None = None,
+    zero: str = "append",
+    a: float = 0.6,
+    b: float = 0.6,
+    coordinate: str = "t",
+) -> list[float]:
+    """Quantiles of the Beta(a, b) distribution between the end and the start: denser at both (2407.12173).
+
+    `coordinate` is what they are quantiles of: "t" (the paper's) or "ratio" (sigma/alpha, diffusers').
+    """
+    if not (a > 0 and b > 0):
+        raise UserError(f"grid 'beta' got a={a!r} and b={b!r}; give numbers above 0.")
+    if coordinate not in ("t", "ratio"):
+        raise choose("coordinate of grid 'beta',", coordinate, ("t", "ratio"))
+
+    def place(u: float, high: float, low: float) -> float:
+        share = _beta_quantile(1.0 - u, a, b)
+        if coordinate == "t":
+            return low + share * (high - low)
+        top, bottom = float(schedule.ratio(high)), float(schedule.ratio(low))
+        return float(schedule.time_of_ratio(bottom + share * (top - bottom)))
+
+    return _laid(schedule, steps, start, end, zero, place, finite=coordinate == "ratio")
+
+
+def _beta_quantile(share: float, a: float, b: float) -> float:
+    """x with I_x(a, b) = share, by bisection."""
+    if share <= 0.0 or share >= 1.0:
+        return min(max(share, 0.0), 1.0)
+    low, high = 0.0, 1.0
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if _beta_share(middle, a, b) < share else (low, middle)
+    return 0.5 * (low + high)
+
+
+def _beta_share(x: float, a: float, b: float) -> float:
+    """The regularised incomplete beta function, by its continued fraction (Numerical Recipes, section 6.4)."""
+    if x > (a + 1.0) / (a + b + 2.0):
+        return 1.0 - _beta_share(1.0 - x, b, a)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
+    c, d = 1.0, 1.0 / (1.0 - (a + b) * x / (a + 1.0))
+    total = d
+    for m in range(1, 500):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        d, c = 1.0 / (1.0 + even * d), 1.0 + even / c
+        total *= d * c
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        d, c = 1.0 / (1.0 + odd * d), 1.0 + odd / c
+        total *= d * c
+        if abs(d * c - 1.0) < 1e-16:
+            break
+    return front * total / a
+
+
+for _name, _function in (
+    ("leading", indices.leading),
+    ("trailing", indices.trailing),
+    ("linspace", indices.linspace),
+    ("lcm", indices.lcm),
+    ("align_your_steps", indices.align_your_steps),
+):
+    _grid(_name)(_function)
 
 
 def is_rising(values: Sequence[float]) -> bool:

@@ -1,8 +1,9 @@
 """Integrals behind the exponential multistep rows, in float64 on the host.
 
 Between two times lambda rises by h, and u in [0, 1] is the way gone. A row integrates a polynomial in u through past
-estimates against h e^{-h (1 - u)} (clean-sample form, `decaying`) or h e^{h (1 - u)} (noise form, `growing`): 2211.01095,
-appendix B, and 2204.13902. For the SDE of strength tau, h is (1 + tau^2) times the rise (2309.05019, proposition 4.2).
+estimates against h e^{-h (1 - u)} (`decaying`, clean-sample form) or h e^{h (1 - u)} (`growing`, noise form); see
+2211.01095, appendix B, and 2204.13902. For the SDE of strength tau, h is (1 + tau^2) times the
+rise (2309.05019, proposition 4.2).
 """
 
 from __future__ import annotations

@@ -107,8 +107,8 @@ def exponential(
         found = moments.decaying((1.0 + strength * strength) * h, count)
     else:
         found = moments.growing(h, count)
-    if count == 2 and slope == "midpoint":
-        found[1] = 0.5 * found[0]
+    if count == 2 and slope != "exact":
+        found[1] = 0.5 * (found[0] if slope == "midpoint" else (1.0 + strength * strength) * h)
     if count == 3 and curvature != "exact":
         found[2] = 0.5 * found[2] - (1.0 if curvature == "wrong_sign" else 0.0)
     parts = dict(zip(nodes, moments.weights(list(nodes.values()), found)))

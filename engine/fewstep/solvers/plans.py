@@ -172,11 +172,11 @@ def _stage(data: Mapping[str, Any]) -> Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One evaluation as a solver family writes it, in terms of the clean-sample estimate "D" or the noise estimate "E"
-    of this evaluation.
+    """One evaluation as a solver family writes it, in terms of the clean-sample estimate "D", the noise estimate "E"
+    or the raw output "F" of this evaluation.
 
-    `outputs` maps "x", "base" or a history slot ("d0", "d1", ..) to coefficients on "x", "base", "D", "E", past slots
-    and "noise". `step` is the step of the grid it belongs to (guidance is chosen by step).
+    `outputs` maps "x", "base" or a history slot ("d0", "d1", ..) to coefficients on "x", "base", "D", "E", "F", past
+    slots and "noise". `step` is the step of the grid it belongs to (guidance is chosen by step).
     """
 
     time: float
@@ -247,7 +247,11 @@ def compiled(
     return Plan(solver, schedule, prediction, tuple(stages), float(initial_scale), plain)
 
 
-_ESTIMATES = {"D": Prediction.coefficients, "E": Prediction.noise_coefficients}
+_ESTIMATES = {
+    "D": Prediction.coefficients,
+    "E": Prediction.noise_coefficients,
+    "F": lambda prediction, schedule, t: (0.0, 1.0),
+}
 _ORDER = ("x", "base", "cond", "uncond", "d0", "d1", "d2", "d3", "d4", "d5")
 
 

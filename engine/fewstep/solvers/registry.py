@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from fewstep.diffusion import prediction as predictions
 from fewstep.diffusion.denoiser import Denoiser
@@ -15,7 +15,8 @@ from fewstep.errors import UserError, choose
 from fewstep.solvers import grids
 from fewstep.solvers.plans import Plan, Row, compiled
 
-Family = Callable[..., list[Row]]
+Family = Callable[..., "list[Row] | tuple[list[Row], float]"]
+Registered = TypeVar("Registered", bound=Family)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,20 +24,24 @@ class Solver:
     family: Family
     summary: str
     zero: str | None
+    grids: Mapping[str, grids.Grid]
 
 
 _SOLVERS: dict[str, Solver] = {}
 
 
-def register(name: str, summary: str, zero: str | None = None) -> Callable[[Family], Family]:
+def register(
+    name: str, summary: str, zero: str | None = None, default_grids: Mapping[str, grids.Grid] | None = None
+) -> Callable[[Registered], Registered]:
     """Makes `family(schedule, times, **options) -> rows` the solver called `name`.
 
-    `zero` is how its default grids meet the clean end (see grids). A keyword called `prediction` receives the
-    prediction type.
+    `zero` is how its default grids meet the clean end (see grids); `default_grids` maps schedule names to the grid that
+    None means there. A keyword called `prediction` receives the prediction type. A family that starts at another scale
+    than sigma at the first time returns (rows, scale).
     """
 
-    def add(family: Family) -> Family:
-        _SOLVERS[name] = Solver(family, summary, zero)
+    def add(family: Registered) -> Registered:
+        _SOLVERS[name] = Solver(family, summary, zero, default_grids or {})
         return family
 
     return add
@@ -82,7 +87,8 @@ def plan(
             if not known:
                 raise UserError(f"solver {name!r} takes no option {option!r}; it has none.")
             raise choose(f"option of solver {name!r},", option, known)
-    times = grids.times(grid, schedule, steps, zero=solver.zero)
+    laid = solver.grids.get(schedule.name) if grid is None else grid
+    times = grids.times(laid, schedule, steps, zero=solver.zero)
     if grids.is_rising(times) and grids.is_clean(schedule, times[0]):
         raise UserError(
             f"a rising grid starts at t={times[0]!r}, where sigma is zero and the noise is undetermined; "
@@ -90,12 +96,13 @@ def plan(
         )
     scales = _per_step(guidance, steps)
     needs = {"prediction": kind} if "prediction" in inspect.signature(solver.family).parameters else {}
-    rows = solver.family(schedule, times, **needs, **options)
+    made = solver.family(schedule, times, **needs, **options)
+    rows, own_scale = made if isinstance(made, tuple) else (made, float(schedule.sigma(times[0])))
     used = {"grid": _shown(grid, times), **options}
     if initial_scale is not None:
         used["initial_scale"] = float(initial_scale)
     else:
-        initial_scale = 1.0 if grids.is_rising(times) else float(schedule.sigma(times[0]))
+        initial_scale = 1.0 if grids.is_rising(times) else own_scale
     return compiled(
         name,
         schedule,

@@ -1,0 +1,90 @@
+"""Ancestral sampling: DDPM with its variances, and Euler ancestral.
+
+Ho et al. 2020, 2006.11239; Analytic-DPM, Bao et al. 2022, 2201.06503.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion import real
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.schedules import Schedule
+from fewstep.errors import UserError
+from fewstep.solvers import multistep, rows
+from fewstep.solvers.ddim import ddim
+from fewstep.solvers.grids import is_clean
+from fewstep.solvers.plans import Row
+from fewstep.solvers.registry import register
+
+VARIANCES = ("fixed_small", "fixed_large", "analytic")
+
+
+@register("euler_a", "weak order 1, one evaluation a step; k-diffusion's Euler ancestral, which is ddim with eta=1")
+def euler_a(schedule: Schedule, times: Sequence[float], *, eta: float = 1.0) -> list[Row]:
+    """The deterministic step down to sigma_down and fresh noise up to sigma': in every coefficient DDIM(eta)."""
+    return ddim(schedule, times, eta=eta)
+
+
+@register("ddpm", "weak order 1, one evaluation a step; 2006.11239, analytic variance 2201.06503")
+def ddpm(
+    schedule: Schedule,
+    times: Sequence[float],
+    *,
+    variance: str = "fixed_small",
+    noise_moments: Sequence[float] | None = None,
+    eta: float = 1.0,
+    final_noise: bool = False,
+) -> list[Row]:
+    """The posterior mean and noise of a chosen variance; respaced to whatever times are given.
+
+    `variance`: "fixed_small" (of the posterior given x0), "fixed_large" (of the forward step), or "analytic", the
+    optimal one, from `noise_moments`: E||eps_hat||^2 per number at each evaluation time (see `noise_moments()`).
+    `eta` below 1 is DDIM's mean, for "analytic" and "fixed_small". The last step draws no noise; `final_noise` draws it
+    where sigma' > 0, as the chain between two levels needs, and "fixed_large" on any end, as diffusers does.
+    """
+    multistep.chosen("ddpm", "variance", variance, VARIANCES)
+    multistep.falling("ddpm", times, "it only goes down, use ddim, euler or heun for inversion.")
+    if not 0.0 <= eta <= 1.0 or (variance == "fixed_large" and eta != 1.0):
+        raise UserError(f"solver 'ddpm' with variance={variance!r} got eta={eta!r}; give 0 to 1 (fixed_large: only 1).")
+    steps = len(times) - 1
+    if (variance == "analytic") != (noise_moments is not None):
+        raise UserError("solver 'ddpm' takes noise_moments with variance='analytic' and only then; give both or none.")
+    if noise_moments is not None and (len(noise_moments) != steps or not all(0.0 <= m <= 1.0 for m in noise_moments)):
+        raise UserError(
+            f"noise_moments are {list(noise_moments)!r}; give {steps} numbers from 0 to 1, one per evaluation."
+        )
+    table = []
+    for step, (t, s) in enumerate(itertools.pairwise(times)):
+        of_x, of_denoised, of_noise = rows.noisy_jump(schedule, t, s, eta)
+        if variance == "fixed_large":
+            of_noise = rows.renoise(schedule, s, t)[1]
+        elif noise_moments is not None:
+            # the bracket of 2201.06503, eq. 8: alpha' sigma/alpha less what the mean keeps of eps
+            spread = of_denoised * real.divide(schedule.sigma(t), schedule.alpha(t))
+            of_noise = math.sqrt(of_noise**2 + spread**2 * (1.0 - noise_moments[step]))
+        if step == steps - 1 and not (final_noise and (variance == "fixed_large" or not is_clean(schedule, s))):
+            of_noise = 0.0
+        table.append(Row(t, s, {"x": {"x": of_x, "D": of_denoised, "noise": of_noise}}, step))
+    return table
+
+
+def noise_moments(
+    denoiser: Denoiser, samples: Tensor, times: Sequence[float], generator: torch.Generator | None = None
+) -> list[float]:
+    """Gamma_t = E||eps_hat(x_t, t)||^2 per number at each of `times`, by Monte Carlo over clean `samples` [B, ...].
+
+    2201.06503, eq. 9; clipped to [0, 1]. Estimated once per model: the list is an option of plan("ddpm", ...).
+    """
+    found = []
+    with torch.no_grad():
+        for t in times:
+            noise = torch.randn(samples.shape, generator=generator, dtype=samples.dtype, device=samples.device)
+            x = denoiser.schedule.add_noise(samples, noise, t)
+            found.append(min(float(denoiser.eps(x, t).square().mean()), 1.0))
+    return found

@@ -1,0 +1,83 @@
+"""Pseudo-numerical methods: PNDM, PLMS and iPNDM. Liu et al. 2022, 2202.09778; iPNDM: 2204.13902, appendix B.
+
+All move by DDIM's transfer with eps replaced by a mean of estimates: phi(x, e) = (alpha'/alpha) x + (sigma' - alpha'
+sigma/alpha) e. The Adams-Bashforth weights are those of equal steps in the step's number, so the order is 2 on a grid
+even in lambda and 1 on an uneven one; deis and ipndm_v keep theirs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+from fewstep.diffusion import real
+from fewstep.diffusion.schedules import Schedule
+from fewstep.solvers import multistep, rows
+from fewstep.solvers.plans import Row
+from fewstep.solvers.registry import register
+
+ADAMS = ((1.0,), (1.5, -0.5), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+_SUM = "d4"  # Runge-Kutta's running mean, beside the ring d0..d2
+
+
+def _transfer(schedule: Schedule, t: float, s: float, mean: Mapping[str, float], state: str = "x") -> dict[str, float]:
+    """phi from `state` at t to s; from pure noise it is finite only as the jump of this evaluation."""
+    if real.isinf(schedule.ratio(t)):
+        keep, gain = rows.jump(schedule, t, s)
+        return {state: keep, "D": gain}
+    keep = schedule.alpha(s) / schedule.alpha(t)
+    return multistep.total((1.0, {state: keep}), (schedule.sigma(s) - keep * schedule.sigma(t), mean))
+
+
+def _adams(step: int, count: int) -> dict[str, float]:
+    """The mean of this estimate and up to count - 1 before it, `step` being how many are kept."""
+    names = multistep.ring(step, 3, "E")[:count]
+    return dict(zip(names, ADAMS[len(names) - 1]))
+
+
+@register("ipndm", "order 2 on even steps for order 2 to 4 (default 4), one evaluation a step; 2204.13902")
+def ipndm(schedule: Schedule, times: Sequence[float], *, order: int | None = None) -> list[Row]:
+    """Orders 1, 2, 3, 4, .. from the first step on; equal-step weights (see ipndm_v for uneven grids)."""
+    order = multistep.chosen_order("ipndm", order, 4, (1, 2, 3, 4), len(times) - 1)
+    table = []
+    for step, (t, s) in enumerate(itertools.pairwise(times)):
+        update = _transfer(schedule, t, s, _adams(step, order))
+        table.append(Row(t, s, {"x": update, **multistep.kept(step, 3, "E")}, step))
+    return table
+
+
+@register("plms", "order 2 on even steps, N + 1 evaluations for N steps; 2202.09778 as in Stable Diffusion")
+def plms(schedule: Schedule, times: Sequence[float]) -> list[Row]:
+    """The first step is a pseudo-Heun step (two evaluations), then Adams-Bashforth 2, 3, 4; one step alone is DDIM."""
+    table = []
+    for step, (t, s) in enumerate(itertools.pairwise(times)):
+        update = _transfer(schedule, t, s, _adams(step, 4))
+        row = Row(t, s, {"x": update, **multistep.kept(step, 3, "E")}, step)
+        if step > 0 or len(times) == 2 or real.isinf(schedule.ratio(t)):
+            table.append(row)
+            continue
+        table.append(Row(t, s, {**row.outputs, "base": {"x": 1.0}}, step))
+        table.append(Row(s, s, {"x": _transfer(schedule, t, s, {"E": 0.5, "d0": 0.5}, "base")}, step))
+    return table
+
+
+@register("pndm", "order 2 on even steps, N + 9 evaluations for N > 3 steps; 2202.09778")
+def pndm(schedule: Schedule, times: Sequence[float]) -> list[Row]:
+    """The first three steps are pseudo-Runge-Kutta steps of four evaluations, with the middle at the mean of the times;
+    then Adams-Bashforth 4. The last step is never a Runge-Kutta step.
+    """
+    table = []
+    for step, (t, s) in enumerate(itertools.pairwise(times)):
+        if step >= min(3, len(times) - 2) or real.isinf(schedule.ratio(t)):
+            update = _transfer(schedule, t, s, _adams(step, 4))
+            table.append(Row(t, s, {"x": update, **multistep.kept(step, 3, "E")}, step))
+            continue
+        middle = 0.5 * (t + s)
+        first = {"x": _transfer(schedule, t, middle, {"E": 1.0}), "base": {"x": 1.0}, _SUM: {"E": 1 / 6}}
+        table.append(Row(t, middle, {**first, **multistep.kept(step, 3, "E")}, step))
+        for here, there in ((middle, middle), (middle, s)):
+            update = _transfer(schedule, t, there, {"E": 1.0}, "base")
+            table.append(Row(here, there, {"x": update, _SUM: {_SUM: 1.0, "E": 1 / 3}}, step))
+        last = _transfer(schedule, t, s, {_SUM: 1.0, "E": 1 / 6}, "base")
+        table.append(Row(s, s, {"x": last}, step))
+    return table

@@ -1,0 +1,62 @@
+"""SA-Solver, stochastic Adams with a predictor and a corrector.  Xue et al. 2023, 2309.05019, algorithm 1."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from fewstep.diffusion import real
+from fewstep.diffusion.schedules import Schedule
+from fewstep.errors import UserError
+from fewstep.solvers import multistep
+from fewstep.solvers.plans import Row
+from fewstep.solvers.registry import register
+
+
+@register("sa", "order max(predictor, corrector) without noise, weak order 2 with; one evaluation a step; 2309.05019")
+def sa(
+    schedule: Schedule,
+    times: Sequence[float],
+    *,
+    predictor: int = 3,
+    corrector: int = 4,
+    strength: float | Sequence[float] = 1.0,
+    lower_order_final: bool = False,
+) -> list[Row]:
+    """Each evaluation first corrects the state it was made at, with the noise the prediction drew, then predicts.
+
+    `predictor` (1 to 3) and `corrector` (1 to 4; 0: none) are orders, reached by a warm-up 1, 2, ..; (2, 2) is advised
+    under strong guidance. `strength` is tau of the SDE, for all steps or one per step. A corrector of order 1 is
+    implicit Euler and lowers the order to 1. `lower_order_final` ends on orders .., 2, 1, as the published code does.
+    """
+    steps = len(times) - 1
+    strengths = [float(value) for value in strength] if isinstance(strength, Sequence) else [float(strength)] * steps
+    if len(strengths) != steps or min(strengths) < 0.0:
+        raise UserError(f"solver 'sa' got strength={strength!r}; give a number of at least 0, or {steps} of them.")
+    if predictor not in (1, 2, 3) or corrector not in (0, 1, 2, 3, 4):
+        raise UserError(
+            f"solver 'sa' got predictor={predictor!r} and corrector={corrector!r}; give 1 to 3, and 0 to 4 (0: none)."
+        )
+    if max(strengths) > 0.0:
+        multistep.falling("sa", times, "inversion is deterministic, give strength=0.")
+    depth, table = max(predictor, corrector, 2) - 1, []
+    for step, (t, s) in enumerate(itertools.pairwise(times)):
+        names = multistep.ring(step, depth)
+        corrected = {"x": 1.0}
+        use = min(corrector, step + 1, *([steps - step + 2] if lower_order_final else []))
+        if step > 0 and use > 0 and not real.isinf(schedule.half_log_snr(times[step - 1])):
+            nodes = {name: times[step - j] for j, name in enumerate(names[:use])}
+            found = _row(schedule, times[step - 1], t, nodes, strengths[step - 1])
+            corrected = {"base": 1.0, **{name: value for name, value in found.items() if name in nodes}}
+        use = min(predictor, step + 1, *([steps - step] if lower_order_final else []))
+        nodes = {name: times[step - j] for j, name in enumerate(names[:use])}
+        found = _row(schedule, t, s, nodes, strengths[step])
+        base = multistep.total((found.get("x", 0.0), corrected), (1.0, {"noise": found.get("noise", 0.0)}))
+        update = multistep.total((1.0, base), (1.0, {name: value for name, value in found.items() if name in nodes}))
+        table.append(Row(t, s, {"x": update, "base": base, **multistep.kept(step, depth)}, step))
+    return table
+
+
+def _row(schedule: Schedule, t: float, s: float, nodes: dict[str, float], strength: float) -> dict[str, float]:
+    """One exponential row; two nodes take H/2 for I_1, as the paper's code does."""
+    return multistep.exponential(schedule, t, s, nodes, slope="trapezoid", strength=strength)
