@@ -102,19 +102,6 @@ void uniform(uint64_t seed, uint64_t group, uint32_t stream, int64_t count, void
     store(values, out, dtype, count);
 }
 
-double inner_product(const void *left, int left_dtype, const void *right, int right_dtype, int64_t count) {
-    double a[CHUNK], b[CHUNK], lanes[16] = {0};
-    load(left, left_dtype, a, count);
-    load(right, right_dtype, b, count);
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16)
-        for (int j = 0; j < 16; ++j) lanes[j] += a[i + j] * b[i + j];
-    for (int j = 0; i < count; ++i, ++j) lanes[j] += a[i] * b[i];
-    double total = 0;
-    for (int j = 0; j < 16; ++j) total += lanes[j];
-    return total;
-}
-
 } // namespace
 
-extern const ChunkFunctions FEWSTEP_CHUNK = {lincomb<float>, lincomb<double>, normal, uniform, inner_product};
+extern const ChunkFunctions FEWSTEP_CHUNK = {lincomb<float>, lincomb<double>, normal, uniform};

@@ -23,7 +23,6 @@ struct ChunkFunctions {
     void (*lincomb_double)(const LincombChunk &);
     void (*normal)(uint64_t seed, uint64_t group, uint32_t stream, int64_t count, void *out, int dtype);
     void (*uniform)(uint64_t seed, uint64_t group, uint32_t stream, int64_t count, void *out, int dtype);
-    double (*inner_product)(const void *left, int left_dtype, const void *right, int right_dtype, int64_t count);
 };
 
 extern const ChunkFunctions chunk_baseline;

@@ -114,36 +114,6 @@ int fewstep_cpu_uniform(const int64_t *seeds, int64_t batch, int64_t count, int6
     return draw(functions.uniform, seeds, batch, count, stream, out, dtype, threads);
 }
 
-int fewstep_cpu_inner_products(int64_t left, int64_t right, int64_t batch, int64_t count, const fewstep_tensor *tensors, void *out,
-                               int64_t out_dtype, int64_t threads) {
-    if (left < 1 || right < 1 || batch < 0 || count < 0) return 1;
-    if (out_dtype != FEWSTEP_FLOAT32 && out_dtype != FEWSTEP_FLOAT64) return 1;
-    for (int64_t i = 0; i < left + right; ++i)
-        if (!known(tensors[i].dtype)) return 1;
-    const int64_t chunks = (count + CHUNK - 1) / CHUNK, pairs = left * right;
-    std::vector<double> parts(batch * chunks * pairs);
-    share(batch * chunks, team(batch * count, threads), [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) {
-            const int64_t b = i / chunks, start = i % chunks * CHUNK;
-            for (int64_t m = 0; m < left; ++m)
-                for (int64_t k = 0; k < right; ++k) {
-                    const fewstep_tensor &x = tensors[m], &y = tensors[left + k];
-                    parts[i * pairs + m * right + k] = functions.inner_product(
-                        (const char *)x.data + (b * x.batch_stride + start) * item_size(x.dtype), (int)x.dtype,
-                        (const char *)y.data + (b * y.batch_stride + start) * item_size(y.dtype), (int)y.dtype, std::min(CHUNK, count - start));
-                }
-        }
-    });
-    for (int64_t b = 0; b < batch; ++b)
-        for (int64_t p = 0; p < pairs; ++p) {
-            double total = 0;
-            for (int64_t c = 0; c < chunks; ++c) total += parts[(b * chunks + c) * pairs + p];
-            if (out_dtype == FEWSTEP_FLOAT64) ((double *)out)[b * pairs + p] = total;
-            else ((float *)out)[b * pairs + p] = (float)total;
-        }
-    return 0;
-}
-
 const char *fewstep_cpu_instructions(void) {
     static const char *const names[] = {"baseline", "avx2", "avx512"};
     return names[instruction_set()];

@@ -4,15 +4,19 @@ from . import decay_profiles
 from .adamw_ema import adamw_ema_step
 from .attention_jvp import attention, attention_jvp, carrying_tangents, scaled_dot_product_attention
 from .backends import backend, report
+from .distance import l1, l2, pseudo_huber, pseudo_huber_elementwise
 from .ema import ema_update
+from .gram import Gram, gram
 from .inner_products import inner_products
 from .l2norm import clip_coefficient, multi_tensor_l2norm
 from .lincomb import lincomb
 from .noise import normal, uniform
 from .optimizer import AdamWEma
+from .threshold import threshold
 
 __all__ = [
     "AdamWEma",
+    "Gram",
     "adamw_ema_step",
     "attention",
     "attention_jvp",
@@ -21,11 +25,17 @@ __all__ = [
     "clip_coefficient",
     "decay_profiles",
     "ema_update",
+    "gram",
     "inner_products",
+    "l1",
+    "l2",
     "lincomb",
     "multi_tensor_l2norm",
     "normal",
+    "pseudo_huber",
+    "pseudo_huber_elementwise",
     "report",
     "scaled_dot_product_attention",
+    "threshold",
     "uniform",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 ABI = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 SCALAR_DTYPES = {torch.float32: 0, torch.float64: 3, torch.int64: 4}
-_int, _pointer = ctypes.c_int64, ctypes.c_void_p
+_int, _double, _pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _SIGNATURES = {
     "lincomb": [_int, _int, _int, _int, _pointer, _pointer, _pointer, _int],
     "normal": [_pointer, _int, _int, _int, _pointer, _int],
@@ -21,7 +21,10 @@ _SIGNATURES = {
     "ema_update": [_int, _int, _pointer, _pointer, _pointer, _pointer],
     "multi_tensor_l2norm": [_int, _pointer, _pointer, _pointer, _int],
     "adamw_ema_step": [_int, _int, _pointer, _pointer, _pointer, _pointer],
-    "inner_products": [_int, _int, _int, _int, _pointer, _pointer, _int],
+    "gram": [_int, _int, _int, _int, _int, _pointer, _pointer, _pointer, _pointer, _pointer, _int],
+    "distance": [_int, _double, _int, _int, _pointer, _pointer, _int],
+    "distance_gradient": [_int, _double, _int, _int, _pointer, _pointer, _int],
+    "threshold": [_int, _int, _pointer, _double, _double, _double],
 }
 _ON_CUDA = ("lincomb", "normal", "uniform", "ema_update", "multi_tensor_l2norm", "adamw_ema_step")
 
@@ -43,13 +46,13 @@ class Library:
             if getattr(library, f"fewstep_{kind}_abi")() != ABI:
                 self.missing = f"{path.name} is from another version: run pip install again"
                 return
+            for name in names:
+                function = getattr(library, f"fewstep_{kind}_{name}")
+                function.argtypes, function.restype = [*_SIGNATURES[name], last], ctypes.c_int
+                self.functions[name] = function
         except (OSError, AttributeError) as error:
             self.missing = f"{path.name} does not load: {error}"
             return
-        for name in names:
-            function = getattr(library, f"fewstep_{kind}_{name}")
-            function.argtypes, function.restype = [*_SIGNATURES[name], last], ctypes.c_int
-            self.functions[name] = function
         if kind == "cpu":
             library.fewstep_cpu_instructions.restype = ctypes.c_char_p
             self.instructions = library.fewstep_cpu_instructions().decode()
