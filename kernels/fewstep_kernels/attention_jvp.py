@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -169,6 +170,19 @@ class _Attention(torch.autograd.Function):
         return (out.unflatten(0, (folds, batch)), lse.unflatten(0, (folds, batch))), (0, 0)
 
 
+def _again(given: Sequence[Any], places: Sequence[int], causal: bool, scale: float) -> Callable[..., Any]:
+    """(out, d_out) by the reference as a function of the arguments at `places`, for second derivatives."""
+
+    def again(*moving: Tensor) -> tuple[Tensor, Tensor]:
+        full = list(given)
+        for i, x in zip(places, moving):
+            full[i] = x
+        q, k, v, tq, tk, tv, mask = full
+        return reference(q, k, v, tq, tk, tv, mask, causal, scale)[:2]
+
+    return again
+
+
 class _Tangent(torch.autograd.Function):
     """`attention_jvp`, differentiable once more. The gradient that comes through `out` alone is torch's fused one; what
     comes through the tangent is recomputed by the reference."""
@@ -199,13 +213,7 @@ class _Tangent(torch.autograd.Function):
             return tuple(result)
         given = [*tensors, mask]
         places = [i for i in range(7) if ctx.needs_input_grad[i]]
-
-        def again(*moving: Tensor) -> tuple[Tensor, Tensor]:
-            full = list(given)
-            for i, x in zip(places, moving):
-                full[i] = x
-            return reference(*full, causal=ctx.causal, scale=ctx.scale)[:2]
-
+        again = _again(given, places, ctx.causal, ctx.scale)
         if gradient is None:
             gradient = torch.zeros_like(out)
         found = torch.func.vjp(again, *(given[i] for i in places))[1]((gradient, tangent_gradient))  # type: ignore[misc]
@@ -217,13 +225,7 @@ class _Tangent(torch.autograd.Function):
     def jvp(ctx, *tangents):
         given = list(ctx.saved_tensors[:7])
         places = [i for i in range(7) if tangents[i] is not None]
-
-        def again(*moving: Tensor) -> tuple[Tensor, Tensor]:
-            full = list(given)
-            for i, x in zip(places, moving):
-                full[i] = x
-            return reference(*full, causal=ctx.causal, scale=ctx.scale)[:2]
-
+        again = _again(given, places, ctx.causal, ctx.scale)
         primals = tuple(given[i] for i in places)
         changes = torch.func.jvp(again, primals, tuple(tangents[i] for i in places))[1]  # type: ignore[misc]
         return (*changes, None)
@@ -261,8 +263,24 @@ def _attend(q, k, v, mask, causal, scale) -> tuple[Tensor, Tensor]:
     """(out, log-sum-exp) of checked arguments."""
     if registration.differentiating([x for x in (q, k, v, mask) if x is not None]):
         _refuse_checkpoint()
-        return _differentiable(_Attention)(q, k, v, mask, causal, scale)
+        carried = _duals(q, k, v, mask, causal, scale)
+        return carried or _differentiable(_Attention)(q, k, v, mask, causal, scale)
     return primal.forward(q, k, v, mask, causal, scale)
+
+
+def _duals(q, k, v, mask, causal, scale) -> tuple[Tensor, Tensor] | None:
+    """(out, log-sum-exp) where q, k or v are dual numbers on this very level: value and tangent in one pass, where the
+    function's own rule would find the value first and again beside the tangent."""
+    if forward_ad._current_level < 0 or (mask is not None and forward_ad.unpack_dual(mask).tangent is not None):
+        return None
+    parts = [forward_ad.unpack_dual(x) for x in (q, k, v)]
+    tangents = [part.tangent for part in parts]
+    if all(tangent is None for tangent in tangents):
+        return None
+    q, k, v = (part.primal for part in parts)
+    tq, tk, tv = tangents
+    out, tangent, lse = _carry(q, k, v, tq, tk, tv, mask, causal, scale)
+    return forward_ad.make_dual(out, tangent), lse
 
 
 def _refuse_checkpoint() -> None:

@@ -5,19 +5,13 @@ conversion of float32 to bfloat16 truncates where hardware rounds (one unit in b
 run on a GPU.
 """
 
-import hashlib
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-triton = pytest.importorskip("triton")
+from tests.kernels import ahead_of_time
+from tests.kernels.ahead_of_time import ROOT, python
 
-ROOT = Path(__file__).parents[2]
-CACHE = ROOT / ".cache" / "kernels"
+pytest.importorskip("triton")
+
 SOURCES = [ROOT / "kernels" / "fewstep_kernels" / name for name in ("lincomb.py", "noise.py")]
 
 INTERPRETED = """
@@ -69,10 +63,9 @@ print("equal")
 """
 
 COMPILED = """
-import json, re, subprocess, sys, tempfile
-import triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
+import triton.language as tl
 from triton.compiler import ASTSource
+from tests.kernels.ahead_of_time import report
 from fewstep_kernels.lincomb import lincomb_kernel
 from fewstep_kernels.noise import draw_kernel
 
@@ -114,39 +107,9 @@ variants = {
     "normal fp32": lambda: drawing("fp32", 0),
     "uniform bf16": lambda: drawing("bf16", 8),
 }
-cuobjdump = sys.argv[1]
-rows = []
-for name, source in variants.items():
-    for capability in (80, 90, 100):
-        target, options = GPUTarget("cuda", capability, 32), {"num_warps": 4, "enable_fp_fusion": False}
-        kernel = triton.compile(source(), target=target, options=options)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel.asm["cubin"])
-            file.flush()
-            usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True)
-        found = re.search(r"REG:(\\d+) STACK:(\\d+) .*?LOCAL:(\\d+)", usage.stdout + usage.stderr)
-        ptx = kernel.asm["ptx"]
-        rows.append({
-            "variant": name, "capability": capability,
-            "registers": int(found[1]), "spills": int(found[2]) + int(found[3]),
-            "vector_loads": len(re.findall(r"ld\\.global[.\\w]*\\.v[24]\\.b(?:32|64) ", ptx)),
-            "narrow_loads": len(re.findall(r"ld\\.global\\.b(?:16|32|64) ", ptx)),
-            "vector_stores": len(re.findall(r"st\\.global[.\\w]*\\.v[24]\\.b(?:32|64) ", ptx)),
-            "fused": len(re.findall(r"\\bfma\\.", ptx)),
-        })
-print(json.dumps(rows))
+options = {"num_warps": 4, "enable_fp_fusion": False}
+report({name: lambda _capability, source=source: (source(), options) for name, source in variants.items()})
 """
-
-
-def python(program, *arguments, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def test_values_in_the_interpreter_equal_the_reference():
@@ -155,21 +118,7 @@ def test_values_in_the_interpreter_equal_the_reference():
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Facts about the machine code of every variant, kept until a source, this file or Triton changes."""
-    digest = hashlib.sha256(triton.__version__.encode())
-    for path in (*SOURCES, Path(__file__)):
-        digest.update(path.read_bytes())
-    kept = CACHE / f"{digest.hexdigest()[:24]}.json"
-    if not kept.is_file():
-        cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        rows = json.loads(
-            python(COMPILED, str(cuobjdump), TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(CACHE / "triton"))
-        )
-        CACHE.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(rows, indent=1))
-        part.replace(kept)
-    return json.loads(kept.read_text())
+    return ahead_of_time.compiled(COMPILED, SOURCES)
 
 
 @pytest.mark.timeout(120)
