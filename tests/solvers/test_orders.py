@@ -41,14 +41,24 @@ def graded(schedule: schedules.Schedule, first: float, last: float, steps: int) 
     return [first, *(schedule.time_of_half_log_snr(at + (to - at) * (i / steps) ** 3) for i in range(1, steps)), last]
 
 
+def jagged(schedule: schedules.Schedule, first: float, last: float, steps: int) -> list[float]:
+    """Steps in lambda that are alternately h and 2 h, after a graded warm-up in the first eighth of the way."""
+    at, to = schedule.half_log_snr(first), schedule.half_log_snr(last)
+    share, quarter = 0.125, steps // 4
+    places = [share * (i / quarter) ** 3 for i in range(quarter)]
+    rest = (1.0 - share) / (1.5 * (steps - quarter))
+    places += [share + rest * (i + i // 2) for i in range(steps - quarter)]
+    return [first, *(schedule.time_of_half_log_snr(at + (to - at) * u) for u in places[1:]), last]
+
+
 def errors(data: str, name: str, solver: str, grid: str, prediction: str = "v", **options) -> list[float]:
     schedule, first, last, noise, exact = truth(data, name)
     teacher = DATA[data].teacher(schedule, prediction)
     found = []
     for steps in STEPS:
         laid = {"name": grid, "start": first, "end": last, "zero": "none"}
-        if grid == "graded":
-            laid = graded(schedule, first, last, steps)
+        if grid in ("graded", "jagged"):
+            laid = (graded if grid == "graded" else jagged)(schedule, first, last, steps)
         plan = solvers.plan(solver, schedule, steps, grid=laid, prediction=prediction, **options)
         found.append(float((solvers.sample(teacher, plan, noise) - exact).abs().max()))
     return found
@@ -86,6 +96,29 @@ CASES = [
     ("unipc", 4, "graded", {"order": 3}),
     ("unipc", 2, COLD, {"order": 3, "lower_order_final": True}),
     ("unipc", 3, "graded", {"order": 2, "form": "eps"}),
+    ("deis", 2, "graded", {"order": 2}),
+    ("deis", 3, "graded", {}),
+    ("deis", 2, "graded", {"order": 2, "coordinate": "rho"}),
+    ("deis", 3, "graded", {"order": 3, "coordinate": "rho"}),
+    ("deis", 4, "graded", {"order": 4, "coordinate": "log_rho"}),
+    ("ipndm_v", 4, "graded", {}),
+    ("ipndm_v", 4, "jagged", {}),
+    # equal-step weights: order 2 at best, 1 where neighbouring steps differ
+    ("ipndm", 1, COLD, {"order": 1}),
+    ("ipndm", 2, COLD, {}),
+    ("ipndm", 2, "karras", {"order": 3}),
+    ("ipndm", 1, "jagged", {}),
+    ("plms", 2, COLD, {}),
+    ("pndm", 2, COLD, {}),
+    ("dpm2", 2, COLD, {}),
+    ("sa", 1, COLD, {"predictor": 1, "corrector": 0, "strength": 0.0}),
+    ("sa", 2, COLD, {"predictor": 2, "corrector": 2, "strength": 0.0}),
+    ("sa", 1, COLD, {"predictor": 2, "corrector": 1, "strength": 0.0}),
+    ("sa", 3, "graded", {"predictor": 3, "corrector": 3, "strength": 0.0}),
+    ("sa", 4, "graded", {"predictor": 3, "corrector": 4, "strength": 0.0}),
+    ("sa", 2, COLD, {"strength": 0.0, "lower_order_final": True}),
+    ("tcd", 1, COLD, {"eta": 0.0}),
+    ("ctm", 1, COLD, {"gamma": 0.0}),
 ]
 
 

@@ -1,8 +1,8 @@
 """Pseudo-numerical methods: PNDM, PLMS and iPNDM. Liu et al. 2022, 2202.09778; iPNDM: 2204.13902, appendix B.
 
 All move by DDIM's transfer with eps replaced by a mean of estimates: phi(x, e) = (alpha'/alpha) x + (sigma' - alpha'
-sigma/alpha) e. The Adams-Bashforth weights are those of equal steps in the step's number, so the order is 2 on a grid
-even in lambda and 1 on an uneven one; deis and ipndm_v keep theirs.
+sigma/alpha) e. The Adams-Bashforth weights are those of equal steps in the step's number, so the order is 2 on a
+smooth grid and 1 where neighbouring steps differ in size; deis and ipndm_v keep theirs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _adams(step: int, count: int) -> dict[str, float]:
     return dict(zip(names, ADAMS[len(names) - 1]))
 
 
-@register("ipndm", "order 2 on even steps for order 2 to 4 (default 4), one evaluation a step; 2204.13902")
+@register("ipndm", "order 2 on smooth grids for order 2 to 4 (default 4), one evaluation a step; 2204.13902")
 def ipndm(schedule: Schedule, times: Sequence[float], *, order: int | None = None) -> list[Row]:
     """Orders 1, 2, 3, 4, .. from the first step on; equal-step weights (see ipndm_v for uneven grids)."""
     order = multistep.chosen_order("ipndm", order, 4, (1, 2, 3, 4), len(times) - 1)
@@ -46,7 +46,7 @@ def ipndm(schedule: Schedule, times: Sequence[float], *, order: int | None = Non
     return table
 
 
-@register("plms", "order 2 on even steps, N + 1 evaluations for N steps; 2202.09778 as in Stable Diffusion")
+@register("plms", "order 2 on smooth grids, N + 1 evaluations for N steps; 2202.09778 as in Stable Diffusion")
 def plms(schedule: Schedule, times: Sequence[float]) -> list[Row]:
     """The first step is a pseudo-Heun step (two evaluations), then Adams-Bashforth 2, 3, 4; one step alone is DDIM."""
     table = []
@@ -61,7 +61,7 @@ def plms(schedule: Schedule, times: Sequence[float]) -> list[Row]:
     return table
 
 
-@register("pndm", "order 2 on even steps, N + 9 evaluations for N > 3 steps; 2202.09778")
+@register("pndm", "order 2 on smooth grids, N + 9 evaluations for N > 3 steps; 2202.09778")
 def pndm(schedule: Schedule, times: Sequence[float]) -> list[Row]:
     """The first three steps are pseudo-Runge-Kutta steps of four evaluations, with the middle at the mean of the times;
     then Adams-Bashforth 4. The last step is never a Runge-Kutta step.

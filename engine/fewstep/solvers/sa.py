@@ -13,7 +13,7 @@ from fewstep.solvers.plans import Row
 from fewstep.solvers.registry import register
 
 
-@register("sa", "order max(predictor, corrector) without noise, weak order 2 with; one evaluation a step; 2309.05019")
+@register("sa", "order min(predictor + 1, corrector) without noise, weak order 2 with; 2309.05019")
 def sa(
     schedule: Schedule,
     times: Sequence[float],
