@@ -31,12 +31,17 @@ void approach(T *average, const T *parameter, T weight, int64_t count) {
 
 /* Sixteen random bits an element: element 8 g + j takes word j % 4 of block g, its low half for j < 4, else its high half. */
 inline void round_stochastically(const float *from, uint16_t *to, const AverageShare &average, uint64_t element, int64_t count) {
-    uint32_t random[TILE];
+    uint32_t words[4][TILE / 8], random[TILE];
+    const uint64_t first = element / 8, seed = average.seed;
+    const uint32_t update = average.update, purpose = 1 + average.profile;
+    const int groups = (int)((count + 7) / 8);
 #pragma omp simd
-    for (int64_t g = 0; g < (count + 7) / 8; ++g) {
-        PhiloxWords words = philox(element / 8 + (uint64_t)g, average.update, average.seed, 1 + average.profile);
-        for (int j = 0; j < 4; ++j) random[8 * g + j] = words.w[j] & 0xFFFF, random[8 * g + 4 + j] = words.w[j] >> 16;
+    for (int g = 0; g < groups; ++g) {
+        const PhiloxWords drawn = philox(first + (uint64_t)g, update, seed, purpose);
+        words[0][g] = drawn.w[0], words[1][g] = drawn.w[1], words[2][g] = drawn.w[2], words[3][g] = drawn.w[3];
     }
+    for (int g = 0; g < groups; ++g)
+        for (int j = 0; j < 4; ++j) random[8 * g + j] = words[j][g] & 0xFFFF, random[8 * g + 4 + j] = words[j][g] >> 16;
     for (int64_t i = 0; i < count; ++i) {
         uint32_t bits;
         memcpy(&bits, &from[i], 4);
