@@ -92,6 +92,27 @@ int fewstep_cpu_distance_gradient(int64_t kind, double c, int64_t batch, int64_t
 int fewstep_cpu_threshold(int64_t batch, int64_t count, const fewstep_tensor *tensors, double position, double least, double most,
                           int64_t threads);
 
+/* xhat = (z - mean) rstd with z = x + input_shift; u = a xhat + b with a = weight (1 + scale), b = bias (1 + scale) + shift; y = silu(u) or u.
+ * groups > 0: statistics over each group of channels, x is [batch, channels, positions] or, channels last, [batch, positions, channels].
+ * groups = 0: over each row of x [batch, positions, channels]; centred = 0: RMS, mean 0. x is contiguous and not float64, the rest is
+ * computed in float32 with sums in float64 that do not depend on threads. Parameters (data 0: absent) are batch_stride apart, 0 for one of all
+ * samples. mean, rstd: [batch, groups or positions]; da, db: [batch, channels]. */
+typedef struct {
+    int64_t batch, channels, positions, groups, channels_last, centred, silu;
+    double eps;
+    const void *x;
+    int64_t dtype;
+    const void *moved; /* gradient of y in _backward, tangent of x in _tangent: laid out like x */
+    int64_t moved_dtype;
+    void *out; /* y, gradient of x, tangent of y: like x, in its dtype */
+    float *mean, *rstd, *da, *db; /* mean, rstd: written forward, read by _backward */
+    fewstep_tensor weight, bias, scale, shift, input_shift, ta, tb, tadded; /* the last three, tangents of a, b and input_shift, in _tangent */
+} fewstep_normalisation;
+
+int fewstep_cpu_normalise(const fewstep_normalisation *job, int64_t threads);
+int fewstep_cpu_normalise_backward(const fewstep_normalisation *job, int64_t threads);
+int fewstep_cpu_normalise_tangent(const fewstep_normalisation *job, int64_t threads);
+
 const char *fewstep_cpu_instructions(void); /* "avx512", "avx2" or "baseline": chosen once, from this processor */
 int fewstep_cpu_abi(void);
 

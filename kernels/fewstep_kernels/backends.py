@@ -28,6 +28,9 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "multi_tensor_l2norm": ("cpu", "cuda"),
     "adamw_ema_step": ("cpu", "cuda"),
     "attention_jvp": ("triton",),
+    "group_norm_silu": ("cpu", "triton"),
+    "layer_norm_modulate": ("cpu", "triton"),
+    "rms_norm_modulate": ("cpu", "triton"),
 }
 _ON_GPU = dict.fromkeys(("ema_update", "multi_tensor_l2norm", "adamw_ema_step"), ("cuda",))
 

@@ -25,6 +25,9 @@ _SIGNATURES = {
     "distance": [_int, _double, _int, _int, _pointer, _pointer, _int],
     "distance_gradient": [_int, _double, _int, _int, _pointer, _pointer, _int],
     "threshold": [_int, _int, _pointer, _double, _double, _double],
+    "normalise": [_pointer],
+    "normalise_backward": [_pointer],
+    "normalise_tangent": [_pointer],
 }
 _ON_CUDA = ("lincomb", "normal", "uniform", "ema_update", "multi_tensor_l2norm", "adamw_ema_step")
 

@@ -1,0 +1,35 @@
+/* What norm.cpp asks of the inner loops that norm_chunk.cpp compiles for each instruction set. */
+#pragma once
+#include <stdint.h>
+
+constexpr int64_t NORM_TILE = 1024; /* elements in a line at most */
+
+/* Consecutive lines of `count` elements: xhat = (x - mean) rstd, u = xhat a + b. Within a line the statistics, and the coefficients, are one value
+ * or vary; from line to line they advance by a step of 0 or 1. */
+struct NormTile {
+    int64_t lines, count;
+    const void *x, *moved; /* moved: the gradient of y, or the tangent of x */
+    void *out;
+    int dtype, moved_dtype;
+    bool statistics_vary, coefficients_vary, silu, tangent, keep; /* keep: pair leaves v, in float, in out */
+    int64_t statistics_step, coefficients_step;
+    const float *mean, *rstd, *a, *b;
+    const float *first, *second;          /* means of v and of v xhat over what is normalised: as mean */
+    const float *added, *ta, *tb, *tadded; /* what is added to x, and tangents of a, b and of that: as a */
+};
+
+/* v is the gradient of u, or the tangent of z. */
+struct NormFunctions {
+    void (*load)(const void *from, int dtype, float *to, int64_t count);
+    void (*moments)(const NormTile &, double *sums, int64_t step); /* adds z and z^2 of line l to sums[l * step], sums[l * step + 1] */
+    void (*columns)(const NormTile &, double *sum, double *square); /* adds x and x^2 to two numbers a column */
+    void (*apply)(const NormTile &);
+    /* Adds v xhat and v to two numbers a line (times a where it varies in a line and v is a gradient), and a column, where not null. */
+    void (*pair)(const NormTile &, double *sums, double *column_vx, double *column_v);
+    void (*project)(const NormTile &); /* dx, or the tangent of y */
+};
+
+extern const NormFunctions norm_chunk_baseline;
+#ifdef FEWSTEP_X86
+extern const NormFunctions norm_chunk_avx2, norm_chunk_avx512;
+#endif

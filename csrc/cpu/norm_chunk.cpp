@@ -1,0 +1,204 @@
+/* The inner loops of the normalisation pairs. Compiled once for each instruction set with -DFEWSTEP_CHUNK=norm_chunk_<name>. */
+#include "norm.h"
+#include "element.h"
+
+namespace {
+
+typedef const float *__restrict Floats;
+constexpr int LANES = 16;
+
+/* a b + c, fused where the processor can: only in exp, which need not have the same bits everywhere. */
+inline float fused(float a, float b, float c) {
+#ifdef __FMA__
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+/* exp within 2e-7 of its value for |x| < 16 and within 1e-6 up to 87, where x is clamped. A NaN stays one. Least squares of degree 6: 4e-9. */
+inline float exponential(float x) {
+    x = x > 87.0f ? 87.0f : x < -87.0f ? -87.0f : x;
+    const float shifted = fused(x, 1.44269504f, 12582912.0f), n = shifted - 12582912.0f;
+#ifdef __FMA__
+    const float r = fused(n, -0.69314718f, x);
+#else
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f; /* in two parts, the first exact */
+#endif
+    float p = 1.38991962e-3f;
+    p = fused(p, r, 8.36889759e-3f);
+    p = fused(p, r, 4.16668504e-2f);
+    p = fused(p, r, 1.66665187e-1f);
+    p = fused(p, r, 5.00000000e-1f);
+    p = fused(p, r, 1.0f);
+    p = fused(p, r, 1.0f);
+    uint32_t bits;
+    memcpy(&bits, &shifted, 4);
+    bits = (bits << 23) + 0x3F800000u; /* 2^n: the low bits of shifted hold n */
+    float power;
+    memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+template <bool SILU>
+inline float slope(float u) {
+    if (!SILU) return 1.0f;
+    const float gate = 1.0f / (1.0f + exponential(-u));
+    return gate * (1.0f + u * (1.0f - gate));
+}
+
+const float *floats(const void *from, int dtype, int64_t start, float *scratch, int64_t count) {
+    from = (const char *)from + start * item_size(dtype);
+    if (dtype == FEWSTEP_FLOAT32) return (const float *)from;
+    load(from, dtype, scratch, count);
+    return scratch;
+}
+
+/* Two sums in double, in an order that depends on the count alone. */
+struct Lanes {
+    double first[LANES] = {0}, second[LANES] = {0};
+
+    void flush(double *sums) {
+        for (int half = LANES / 2; half; half /= 2)
+            for (int j = 0; j < half; ++j) first[j] += first[j + half], second[j] += second[j + half];
+        sums[0] += first[0], sums[1] += second[0];
+        for (int j = 0; j < LANES; ++j) first[j] = second[j] = 0;
+    }
+};
+
+void moments(const NormTile &tile, double *sums, int64_t step) {
+    float scratch[NORM_TILE];
+    const int64_t count = tile.count;
+    Lanes lanes;
+    for (int64_t l = 0; l < tile.lines; ++l) {
+        Floats x = floats(tile.x, tile.dtype, l * count, scratch, count);
+        const double added = tile.added ? tile.added[l * tile.coefficients_step] : 0.0;
+        int64_t i = 0;
+        for (; i + LANES <= count; i += LANES)
+            for (int j = 0; j < LANES; ++j) {
+                const double z = (double)x[i + j] + added;
+                lanes.first[j] += z, lanes.second[j] += z * z;
+            }
+        for (int j = 0; i < count; ++i, ++j) {
+            const double z = (double)x[i] + added;
+            lanes.first[j] += z, lanes.second[j] += z * z;
+        }
+        if (step) lanes.flush(sums + l * step);
+    }
+    if (!step) lanes.flush(sums);
+}
+
+void columns(const NormTile &tile, double *__restrict sum, double *__restrict square) {
+    float scratch[NORM_TILE];
+    for (int64_t l = 0; l < tile.lines; ++l) {
+        Floats x = floats(tile.x, tile.dtype, l * tile.count, scratch, tile.count);
+        for (int64_t i = 0; i < tile.count; ++i) sum[i] += (double)x[i], square[i] += (double)x[i] * (double)x[i];
+    }
+}
+
+/* VM: statistics vary within a line; VA: coefficients do. */
+template <int VM, int VA, bool SILU>
+void apply(const NormTile &tile) {
+    float scratch[NORM_TILE], values[NORM_TILE];
+    const int64_t count = tile.count;
+    for (int64_t l = 0; l < tile.lines; ++l) {
+        Floats x = floats(tile.x, tile.dtype, l * count, scratch, count);
+        Floats mean = tile.mean + l * tile.statistics_step, rstd = tile.rstd + l * tile.statistics_step;
+        Floats a = tile.a + l * tile.coefficients_step, b = tile.b + l * tile.coefficients_step;
+        float *__restrict y = tile.dtype == FEWSTEP_FLOAT32 ? (float *)tile.out + l * count : values;
+        for (int64_t i = 0; i < count; ++i) {
+            const float u = (x[i] - mean[i * VM]) * rstd[i * VM] * a[i * VA] + b[i * VA];
+            y[i] = SILU ? u / (1.0f + exponential(-u)) : u;
+        }
+        if (tile.dtype != FEWSTEP_FLOAT32) store(y, (char *)tile.out + l * count * item_size(tile.dtype), tile.dtype, count);
+    }
+}
+
+template <int VM, int VA, bool SILU>
+void pair(const NormTile &tile, double *sums, double *__restrict column_vx, double *__restrict column_v) {
+    float scratch[2][NORM_TILE], vx[NORM_TILE], v[NORM_TILE];
+    const int64_t count = tile.count;
+    Lanes lanes;
+    for (int64_t l = 0; l < tile.lines; ++l) {
+        Floats x = floats(tile.x, tile.dtype, l * count, scratch[0], count);
+        Floats moved = floats(tile.moved, tile.moved_dtype, l * count, scratch[1], count);
+        Floats mean = tile.mean + l * tile.statistics_step, rstd = tile.rstd + l * tile.statistics_step;
+        Floats a = tile.a + l * tile.coefficients_step, b = tile.b + l * tile.coefficients_step;
+        if (tile.tangent) {
+            Floats added = tile.tadded + l * tile.coefficients_step;
+            for (int64_t i = 0; i < count; ++i) {
+                v[i] = moved[i] + added[i * VA];
+                vx[i] = v[i] * ((x[i] - mean[i * VM]) * rstd[i * VM]);
+            }
+        } else {
+            for (int64_t i = 0; i < count; ++i) {
+                const float xhat = (x[i] - mean[i * VM]) * rstd[i * VM];
+                v[i] = moved[i] * slope<SILU>(xhat * a[i * VA] + b[i * VA]);
+                vx[i] = v[i] * xhat;
+            }
+        }
+        if (column_v) {
+            for (int64_t i = 0; i < count; ++i) column_vx[i] += (double)vx[i];
+            for (int64_t i = 0; i < count; ++i) column_v[i] += (double)v[i];
+        }
+        if (tile.keep) memcpy((float *)tile.out + l * count, v, count * sizeof(float));
+        if (!sums) continue;
+        if (VA && !tile.tangent)
+            for (int64_t i = 0; i < count; ++i) vx[i] *= a[i], v[i] *= a[i];
+        int64_t i = 0; /* in float within a line: a lane adds NORM_TILE / WIDE numbers at most */
+        constexpr int WIDE = 4 * LANES;
+        float first[WIDE] = {0}, second[WIDE] = {0};
+        for (; i + WIDE <= count; i += WIDE)
+            for (int j = 0; j < WIDE; ++j) first[j] += vx[i + j], second[j] += v[i + j];
+        for (int j = 0; i < count; ++i, ++j) first[j] += vx[i], second[j] += v[i];
+        for (int part = 0; part < WIDE; part += LANES)
+            for (int j = 0; j < LANES; ++j) lanes.first[j] += (double)first[part + j], lanes.second[j] += (double)second[part + j];
+        lanes.flush(sums + 2 * l);
+    }
+}
+
+template <int VM, int VA, bool SILU>
+void project(const NormTile &tile) {
+    float scratch[2][NORM_TILE], values[NORM_TILE];
+    const int64_t count = tile.count;
+    for (int64_t l = 0; l < tile.lines; ++l) {
+        const int64_t statistics = l * tile.statistics_step, coefficients = l * tile.coefficients_step;
+        Floats x = floats(tile.x, tile.dtype, l * count, scratch[0], count);
+        const float *moved = floats(tile.moved, tile.moved_dtype, l * count, scratch[1], count); /* may be out */
+        Floats mean = tile.mean + statistics, rstd = tile.rstd + statistics, first = tile.first + statistics;
+        Floats second = tile.second + statistics, a = tile.a + coefficients, b = tile.b + coefficients;
+        float *out = tile.dtype == FEWSTEP_FLOAT32 ? (float *)tile.out + l * count : values;
+        if (tile.tangent) {
+            Floats ta = tile.ta + coefficients, tb = tile.tb + coefficients, added = tile.tadded + coefficients;
+#pragma GCC ivdep
+            for (int64_t i = 0; i < count; ++i) {
+                const float r = rstd[i * VM], xhat = (x[i] - mean[i * VM]) * r;
+                const float change = r * (moved[i] + added[i * VA] - first[i * VM] - xhat * second[i * VM]);
+                out[i] = slope<SILU>(xhat * a[i * VA] + b[i * VA]) * (a[i * VA] * change + ta[i * VA] * xhat + tb[i * VA]);
+            }
+        } else {
+#pragma GCC ivdep
+            for (int64_t i = 0; i < count; ++i) {
+                const float r = rstd[i * VM], xhat = (x[i] - mean[i * VM]) * r;
+                const float du = moved[i] * slope<SILU>(xhat * a[i * VA] + b[i * VA]);
+                out[i] = r * (a[i * VA] * du - first[i * VM] - xhat * second[i * VM]);
+            }
+        }
+        if (tile.dtype != FEWSTEP_FLOAT32) store(out, (char *)tile.out + l * count * item_size(tile.dtype), tile.dtype, count);
+    }
+}
+
+#define FEWSTEP_VARIANT(function, ...)                                                                                                         \
+    if (tile.statistics_vary) tile.silu ? function<1, 1, true>(__VA_ARGS__) : function<1, 1, false>(__VA_ARGS__);                              \
+    else if (tile.coefficients_vary) tile.silu ? function<0, 1, true>(__VA_ARGS__) : function<0, 1, false>(__VA_ARGS__);                       \
+    else tile.silu ? function<0, 0, true>(__VA_ARGS__) : function<0, 0, false>(__VA_ARGS__);
+
+void any_apply(const NormTile &tile) { FEWSTEP_VARIANT(apply, tile) }
+void any_project(const NormTile &tile) { FEWSTEP_VARIANT(project, tile) }
+void any_pair(const NormTile &tile, double *sums, double *column_vx, double *column_v) {
+    FEWSTEP_VARIANT(pair, tile, sums, column_vx, column_v)
+}
+
+} // namespace
+
+extern const NormFunctions FEWSTEP_CHUNK = {load<float>, moments, columns, any_apply, any_pair, any_project};
