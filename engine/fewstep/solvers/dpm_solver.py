@@ -28,6 +28,7 @@ def _singlestep(
     form: str,
     variant: str,
     inner: str,
+    lower_order_final: bool,
     ratio: float | None = None,
     strength: float = 0.0,
 ) -> list[Row]:
@@ -40,7 +41,7 @@ def _singlestep(
     if ratio is not None and not 0.0 < ratio <= 1.0:
         raise UserError(f"solver {solver!r} got ratio={ratio!r}; give a number above 0 and at most 1.")
     if inner == "grid":
-        blocks = _grid_blocks(schedule, times, order)
+        blocks = _grid_blocks(schedule, times, order, lower_order_final)
     else:
         blocks = _own_blocks(schedule, times, order, ratio)
     table = []
@@ -113,16 +114,15 @@ def _own_blocks(schedule: Schedule, times: Sequence[float], order: int, ratio: f
     return blocks
 
 
-def _grid_blocks(schedule: Schedule, times: Sequence[float], order: int) -> Blocks:
-    """Consecutive times of the grid as inner nodes; the grid's last times go to blocks of lower order (2206.00927,
-    section 3.4: 3, .., 3, 2, 1, or 3, .., 3, 1, or 3, .., 3, 2).
+def _grid_blocks(schedule: Schedule, times: Sequence[float], order: int, lower_order_final: bool) -> Blocks:
+    """Consecutive times of the grid as inner nodes; what is left at the end, and a step to sigma = 0, has lower order.
+
+    `lower_order_final` ends on 3, 2, 1 or 2, 1, 1 also where whole blocks would fit (2206.00927, appendix D.3).
     """
     steps = len(times) - 1
     lengths = [order] * (steps // order) + [steps % order] * (steps % order > 0)
-    if order == 3 and steps % 3 == 0:
-        lengths[-1:] = [2, 1]
-    if order == 2 and steps % 2 == 0:
-        lengths[-1:] = [1, 1]
+    if lower_order_final and order > 1 and steps % order == 0:
+        lengths[-1:] = [order - 1, 1]
     if is_clean(schedule, times[-1]) and lengths[-1] > 1:
         lengths[-1:] = [lengths[-1] - 1, 1]
     if real.isinf(schedule.half_log_snr(times[0])) and lengths[0] > 1:
@@ -143,17 +143,28 @@ def dpm_solver(
     variant: str = "midpoint",
     ratio: float | None = None,
     inner: str = "between",
+    lower_order_final: bool = False,
 ) -> list[Row]:
     """The noise form. Steps from pure noise and to sigma' = 0 are of order 1.
 
     `variant`: "midpoint" (the paper's; at order 3 its two-node rule) or "taylor" (exact integrals through all nodes).
     `ratio` places the inner node of order 2. `inner`: "between" puts `order` evaluations in each step, at even lambda;
     "grid" takes the grid's own times as inner nodes, one evaluation a step (diffusers), and keeps order 3 only where
-    lambda is evenly spaced.
+    lambda is evenly spaced; there `lower_order_final` ends on blocks of lower order, as diffusers does.
     """
     if order not in (1, 2, 3):
         raise UserError(f"solver 'dpm_solver' got order={order!r}; choose one of: 1, 2, 3.")
-    return _singlestep("dpm_solver", schedule, times, order, form="eps", variant=variant, ratio=ratio, inner=inner)
+    return _singlestep(
+        "dpm_solver",
+        schedule,
+        times,
+        order,
+        form="eps",
+        variant=variant,
+        ratio=ratio,
+        inner=inner,
+        lower_order_final=lower_order_final,
+    )
 
 
 @register("dpmpp_2s", "order 2, two evaluations a step; 2211.01095")
@@ -164,13 +175,23 @@ def dpmpp_2s(
     variant: str = "midpoint",
     ratio: float | None = None,
     inner: str = "between",
+    lower_order_final: bool = False,
     strength: float = 0.0,
 ) -> list[Row]:
     """The clean-sample form of order 2; options as dpm_solver's. `strength` (tau, 0 the ODE, 1 the reverse SDE) makes
     every row draw its own noise.
     """
     return _singlestep(
-        "dpmpp_2s", schedule, times, 2, form="x0", variant=variant, ratio=ratio, inner=inner, strength=strength
+        "dpmpp_2s",
+        schedule,
+        times,
+        2,
+        form="x0",
+        variant=variant,
+        ratio=ratio,
+        inner=inner,
+        lower_order_final=lower_order_final,
+        strength=strength,
     )
 
 
@@ -181,7 +202,18 @@ def dpmpp_3s(
     *,
     variant: str = "midpoint",
     inner: str = "between",
+    lower_order_final: bool = False,
     strength: float = 0.0,
 ) -> list[Row]:
     """The clean-sample form of order 3; options as dpmpp_2s'."""
-    return _singlestep("dpmpp_3s", schedule, times, 3, form="x0", variant=variant, inner=inner, strength=strength)
+    return _singlestep(
+        "dpmpp_3s",
+        schedule,
+        times,
+        3,
+        form="x0",
+        variant=variant,
+        inner=inner,
+        lower_order_final=lower_order_final,
+        strength=strength,
+    )
