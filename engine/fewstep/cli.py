@@ -231,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = add("bench", _bench, "latency and throughput of teacher and student: eager, torch.compile, ONNX Runtime")
     bench.add_argument("--teacher", default="runs/demo/teacher")
     bench.add_argument("--student", default="runs/demo/student")
-    bench.add_argument("--seconds", type=float, default=1.0, help="least measuring time for each row")
+    bench.add_argument("--seconds", type=float, default=0.5, help="least measuring time for each row")
     bench.add_argument("--out", default=None)
 
     serve = add("serve", _serve, "answer POST /v1/images/generations with pictures from an artefact")

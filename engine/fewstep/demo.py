@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fewstep import config
 from fewstep.doctor import machine, versions
 from fewstep.errors import UserError
 
@@ -42,25 +46,109 @@ def recipe_path(name: str) -> Path:
 def train_digits(
     out: Path, seed: int, resume: bool = False, stations: Stations | None = None
 ) -> tuple[Path, dict[str, Path]]:
-    """Train the teacher and both students under `out`. Returns the artefact folders: teacher, {name: student}."""
-    from fewstep.train import train
+    """Train the teacher, then the students at once, under `out`. Returns artefact folders: teacher, {name: student}."""
+    stations = stations or Stations(["teacher", "students"])
+    teacher, students = out / "teacher", {name: out / name for name in STUDENTS}
 
-    stations = stations or Stations(["teacher", *STUDENTS])
+    def command(recipe: str, target: Path, *overrides: str) -> list[str]:
+        return [
+            str(recipe_path(recipe)),
+            f"seed={seed}",
+            f"output={target}",
+            *overrides,
+            *(["--resume"] if resume else []),
+        ]
 
-    def run(recipe: str, folder: str, *overrides: str) -> Path:
-        target = out / folder
+    def unfinished(target: Path) -> bool:
         if resume and (target / "artefact.json").exists():
             print(f"kept {target}")
-            return target
-        return train(config.load(recipe_path(recipe), [f"seed={seed}", f"output={target}", *overrides]), resume=resume)
+            return False
+        return True
 
     with stations.station("teacher"):
-        teacher = run("digits_teacher.yaml", "teacher")
-    students = {}
-    for name, recipe in STUDENTS.items():
-        with stations.station(name):
-            students[name] = run(recipe, name, f"teacher={teacher}")
+        if unfinished(teacher):
+            side_by_side({"teacher": ["train", *command("digits_teacher.yaml", teacher)]})
+    with stations.station("students"):
+        side_by_side(
+            {
+                name: ["distill", *command(STUDENTS[name], target, f"teacher={teacher}")]
+                for name, target in students.items()
+                if unfinished(target)
+            }
+        )
     return teacher, students
+
+
+def side_by_side(jobs: dict[str, list[str]]) -> None:
+    """Run fewstep commands at once, sharing the cores, and show how far each is.
+
+    Ctrl-C is handed to all, and each leaves its checkpoint. Raises UserError with a job's own sentence where one fails,
+    KeyboardInterrupt where one was interrupted.
+    """
+    threads = max(1, (os.cpu_count() or 1) // max(1, len(jobs)))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    latest: dict[str, str] = {}
+    running = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", "fewstep", *job],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # the terminal's Ctrl-C reaches only us, and we hand it on once
+        )
+        for name, job in jobs.items()
+    }
+
+    def read(name: str) -> None:
+        for line in running[name].stdout or ():
+            if line.strip():
+                latest[name] = line.strip()
+
+    readers = [threading.Thread(target=read, args=(name,), daemon=True) for name in running]
+    for reader in readers:
+        reader.start()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated demo stops its jobs too
+    try:
+        while any(process.poll() is None for process in running.values()):
+            _show(latest)
+            time.sleep(0.2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for process in running.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+        for process in running.values():
+            process.wait()
+        for reader in readers:
+            reader.join()
+        _show(latest, last=True)
+    codes = {name: process.returncode for name, process in running.items()}
+    if 130 in codes.values():
+        raise KeyboardInterrupt
+    for name, code in codes.items():
+        if code:
+            raise UserError(f"{name} stopped with code {code}: {latest.get(name, 'it said nothing')}")
+
+
+_shown_at = 0.0
+_shown: dict[str, str] = {}
+
+
+def _show(latest: dict[str, str], last: bool = False) -> None:
+    """The newest line of each job: in place on a terminal, every five seconds elsewhere."""
+    global _shown_at
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        share = max(20, width // max(1, len(latest)) - 3)
+        line = " | ".join(text[:share].ljust(share) for text in latest.values())
+        print(f"\r{line[: width - 1]}", end="\n" if last else "", flush=True)
+    elif last or time.monotonic() - _shown_at > 5:
+        _shown_at = time.monotonic()
+        for name, text in latest.items():
+            if _shown.get(name) != text:
+                _shown[name] = text
+                print(text, flush=True)
 
 
 def loss_curves(runs: dict[str, Path]) -> dict[str, dict[str, list[list[float]]]]:
@@ -91,7 +179,7 @@ def demo(out: Path, seed: int = 0, resume: bool = False) -> Path:
         raise UserError(
             f"cannot write to {out}: {error.strerror or error}; choose another folder with --out."
         ) from None
-    stations = Stations(["teacher", *STUDENTS, "evaluate", "export", "bench", "report"])
+    stations = Stations(["teacher", "students", "evaluate", "export", "bench", "report"])
     teacher, students = train_digits(out, seed, resume, stations)
     with stations.station("evaluate"):
         results = evaluate_artefacts(teacher=teacher, students=students, seed=seed)
