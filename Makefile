@@ -33,7 +33,7 @@ bench: install
 	cd $(ROOT) && $(BIN)/fewstep bench
 
 docs: install
-	cd $(ROOT) && $(BIN)/python docs/build.py
+	cd $(ROOT) && $(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt pdoc && $(BIN)/python -m pdoc --output-directory build/docs fewstep fewstep_kernels
 
 clean:
 	rm -rf $(VENV) $(ROOT)/build $(ROOT)/*.egg-info

@@ -119,7 +119,7 @@ def _samples(results: Mapping[str, Any]) -> str:
         return ""
     scored = {f"{name}/{n}": metrics for name, _, n, metrics in _all(results)}
     teacher = sorted((key for key in sheets if key.startswith("teacher")), key=_by_evaluations)
-    shown = [key for key in teacher if _by_evaluations(key)[1] in (1, 4, 32)]
+    shown = [key for key in teacher if _by_evaluations(key)[1] in (1, 2, 4, 32)]
     students = sorted((key for key in sheets if not key.startswith("teacher") and "/" in key), key=_by_evaluations)
     cards = []
     for key in [*shown, *students, *(key for key in sheets if key == "held out")]:
