@@ -12,6 +12,7 @@ help where N x M scores fit in a cache anyway.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -342,6 +343,11 @@ def _checked(name: str, q, k, v, tangents, mask, scale) -> tuple[list[Any], Tens
     return tensors, mask, float(scale) if scale is not None else 1.0 / math.sqrt(max(width, 1))
 
 
+def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Inside, sums keep their float32; entering torch's own context costs microseconds, so only where it is needed."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
 def attention_jvp(
     q: Tensor,
     k: Tensor,
@@ -365,7 +371,7 @@ def attention_jvp(
     naming what does not fit.
     """
     (q, k, v, tq, tk, tv), mask, scale = _checked("attention_jvp", q, k, v, (tq, tk, tv), mask, scale)
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q.device.type):
         return _carry(q, k, v, tq, tk, tv, mask, causal, scale)[:2]
 
 
@@ -385,7 +391,7 @@ def attention(
     exporter sees plain aten operations. Raises RuntimeError under torch.utils.checkpoint inside torch.func.jvp.
     """
     (q, k, v), mask, scale = _checked("attention", q, k, v, (), mask, scale)
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q.device.type):
         if registration.tracing():
             return _traced(q, k, v, mask, causal, scale)
         return _attend(q, k, v, mask, causal, scale)[0]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.errors import UserError, choose
+from fewstep_kernels import carrying_tangents
 
 Way = Literal["call", "fixed", "value"]
 
@@ -127,8 +128,8 @@ class Network:
         def answer(*inputs: Tensor) -> Tensor:
             return self.module(*inputs, **named)
 
-        # the mathematical attention is the one whose operators all have forward rules
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        # torch's fused attention has no forward rule; with dropout, its mathematical form, which has, is left
+        with torch.no_grad(), carrying_tangents(), sdpa_kernel(SDPBackend.MATH):
             if self.tangents == "difference":
                 return _central_difference(answer, primals, tangents)
             try:
