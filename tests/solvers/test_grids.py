@@ -73,6 +73,44 @@ def test_consistency_spends_no_evaluation_on_the_last_time():
     assert plan.times == pytest.approx((80.0, middle, 0.0))
 
 
+def test_tables_of_indices_are_the_published_ones():
+    sd = schedules.get("sd")
+    assert grids.times("leading", sd, 4) == (751, 501, 251, 1, -1)
+    assert grids.times({"name": "leading", "offset": 0}, sd, 3) == (666, 333, 0, -1)
+    assert grids.times("trailing", sd, 4) == (999, 749, 499, 249, -1)
+    assert grids.times("linspace", sd, 4) == pytest.approx((999, 666, 333, 0, -1))
+    assert grids.times({"name": "linspace", "drop_last": True}, sd, 4) == (999, 749, 500, 250, -1)
+    assert grids.times("lcm", sd, 4) == (999, 759, 499, 259, -1)
+
+
+def test_align_your_steps_interpolates_log_sigma_between_its_ten_levels():
+    schedule = schedules.get("sdxl")
+    ten, nineteen = (grids.times("align_your_steps", schedule, steps) for steps in (10, 19))
+    assert nineteen[:-1:2] == pytest.approx(ten[:-1], rel=1e-9)
+    for i in range(9):
+        middle = math.sqrt(schedule.ratio(ten[i]) * schedule.ratio(ten[i + 1]))
+        assert schedule.ratio(nineteen[2 * i + 1]) == pytest.approx(middle, rel=1e-4)
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.6, 0.6), (1.0, 1.0), (2.0, 5.0)])
+def test_beta_quantiles_have_their_share_below_them(a, b):
+    points = 20_001
+    for share in (0.03, 0.4, 0.9):
+        found = grids._beta_quantile(share, a, b)
+        # the integral up to the quantile, in x = u^4 so that the density's pole at 0 is integrable by midpoints
+        step = found**0.25 / points
+        places = [(i + 0.5) * step for i in range(points)]
+        mass = sum(4 * u**3 * u ** (4 * (a - 1)) * (1 - u**4) ** (b - 1) for u in places) * step
+        mass *= math.gamma(a + b) / math.gamma(a) / math.gamma(b)
+        assert mass == pytest.approx(share, rel=1e-5)
+
+
+def test_the_beta_grid_is_dense_at_both_ends():
+    times = grids.times("beta", schedules.get("vp"), 9)
+    steps = [a - b for a, b in itertools.pairwise(times[:-1])]
+    assert steps == pytest.approx(steps[::-1], rel=1e-6) and steps[0] < 0.5 * steps[4]
+
+
 @pytest.mark.parametrize(
     ("grid", "steps", "words"),
     [
@@ -88,6 +126,9 @@ def test_consistency_spends_no_evaluation_on_the_last_time():
         ({"name": "karras", "zero": "yes"}, 4, "zero 'yes' is not known"),
         ({"name": "karras", "end": 0.0}, 4, "cannot end at t=0.0"),
         ({"rho": 7}, 4, "grid None is not known"),
+        ("leading", 4, "grid 'leading' counts the indices of sd and sdxl, not 'edm'"),
+        ({"name": "align_your_steps", "model": "sd2"}, 4, "model of grid 'align_your_steps', 'sd2' is not known"),
+        ({"name": "beta", "a": 0.0}, 4, "a=0.0 and b=0.6; give numbers above 0"),
         ([0.9, 0.5, 0.6, 0.1, 0.0], 4, "a custom grid must be strictly falling and goes from 0.5 to 0.6"),
         ([0.1, 0.5, 0.4, 0.6, 0.9], 4, "a custom grid must be strictly rising and goes from 0.5 to 0.4"),
         ([0.9, 0.5], 4, "a custom grid for 4 steps needs 5 times"),
