@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ def reference(
 ) -> None:
     """The defining implementation: in float32, float64 for float64 parameters; without a host sync."""
     beta1, beta2 = betas
+    lr = lr.double() if isinstance(lr, Tensor) else lr
     go = None if guard is None else torch.isfinite(guard)
 
     def write(target: Tensor, value: Tensor) -> None:
@@ -57,7 +59,8 @@ def reference(
 
     for i, (parameter, gradient) in enumerate(zip(parameters, gradients)):
         if gradient is not None:
-            exp_avg, exp_avg_sq, step = exp_avgs[i], exp_avg_sqs[i], steps[i]
+            states = (exp_avgs[i], exp_avg_sqs[i], steps[i])
+            exp_avg, exp_avg_sq, step = cast("tuple[Tensor, Tensor, Tensor]", states)
             wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
             write(step, step + 1)
             taken = step.double()
@@ -72,8 +75,9 @@ def reference(
             write(exp_avg_sq, v)
             p = p * (keep.to(wide) if isinstance(keep, Tensor) else keep) - size * m / (v.sqrt() * correction + epsilon)
             write(parameter, p)
-            if working[i] is not None:
-                write(working[i], p)
+            copy = working[i]
+            if copy is not None:
+                write(copy, p)
         for k, (profile, decay) in enumerate(zip(averages, decays)):
             moved = profile[i].clone()
             ema.reference([moved], [parameter], decay, seed=seed, update=update, profile=k, origins=origins[i : i + 1])
@@ -202,7 +206,9 @@ def adamw_ema_step(
         scalars = (lr, *betas, epsilon, gradient_scale, 0.0 if guard is None else guard, update, *decays)
         _call_c(rows, parameters[0], len(averages), scalars, seed)
     if rest:
-        pick = [[values[i] for i in rest] for values in (parameters, gradients, exp_avgs, exp_avg_sqs, steps)]
+        pick: list[Any] = [
+            [values[i] for i in rest] for values in (parameters, gradients, exp_avgs, exp_avg_sqs, steps)
+        ]
         reference(
             *pick,
             lr=lr,

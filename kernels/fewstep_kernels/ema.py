@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -178,8 +179,10 @@ def ema_update(
     averaged apart. Raises ValueError when lists, shapes, devices, decays or origins do not fit.
     """
     parameters = list(parameters)
-    several = isinstance(decay, Sequence)
-    profiles, decays = (list(averages), list(decay)) if several else ([averages], [decay])
+    profiles, decays = cast(
+        "tuple[list[Sequence[Tensor]], list[Scalar]]",
+        (list(averages), list(decay)) if isinstance(decay, Sequence) else ([averages], [decay]),
+    )
     if len(profiles) != len(decays):
         raise ValueError(
             f"ema_update got {len(profiles)} lists of averages for {len(decays)} decays; pass one list each."
