@@ -1,4 +1,4 @@
-"""Draw README's picture from a demo's results: python benchmarks/picture.py [runs/demo/results.json] -> docs/digits.png."""
+"""Draw README's picture from a demo's results: benchmarks/picture.py [runs/demo/results.json] -> docs/digits.png."""
 
 from __future__ import annotations
 
