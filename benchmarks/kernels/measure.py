@@ -47,6 +47,12 @@ def copy_of(read_bytes: int, written_bytes: int) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
+def read_of(read_bytes: int) -> Callable[[], object]:
+    """A sum of as many bytes of float32."""
+    source = torch.randn(read_bytes // 4)
+    return lambda: source.sum()
+
+
 def added_in_place(read_bytes: int, written_bytes: int) -> Callable[[], object]:
     """`target += source` over as many bytes: two thirds read, a third written where it was read, in float32."""
     count = (read_bytes + written_bytes) // 12

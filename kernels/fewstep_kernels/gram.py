@@ -113,7 +113,7 @@ class _Gram(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, table, *inputs):
-        found = gram([fold(x, dim, info.batch_size) for x, dim in zip(inputs, in_dims[1:])], table)
+        found = gram([fold(x, dim, info.batch_size) for x, dim in zip(inputs, in_dims[1:])], table or None)
         return tuple(y.unflatten(0, (info.batch_size, -1)) for y in found), (0, 0, 0)
 
 

@@ -70,15 +70,16 @@ if triton is not None:
             # float32 first: the interpreter knows no other way out of bfloat16
             x = tl.load(inputs[k] + b * strides[k] + offsets, mask=inside, other=0.0)
             loaded = loaded + (x.to(WIDE) if x.dtype == tl.float64 else x.to(tl.float32).to(WIDE),)  # type: ignore[assignment]  # noqa: RUF005
-        if ROWS == 0:
-            return loaded
-        mixed = ()
-        for j in tl.static_range(ROWS):
-            z = tl.load(combinations + j * K).to(WIDE) * loaded[0]  # type: ignore[misc]
-            for k in tl.static_range(1, K):
-                z += tl.load(combinations + j * K + k).to(WIDE) * loaded[k]
-            mixed = mixed + (z,)  # type: ignore[assignment]  # noqa: RUF005
-        return mixed
+        found = loaded
+        if ROWS > 0:
+            mixed = ()
+            for j in tl.static_range(ROWS):
+                z = tl.load(combinations + j * K).to(WIDE) * loaded[0]  # type: ignore[misc]
+                for k in tl.static_range(1, K):
+                    z += tl.load(combinations + j * K + k).to(WIDE) * loaded[k]
+                mixed = mixed + (z,)  # type: ignore[assignment]  # noqa: RUF005
+            found = mixed
+        return found
 
     @triton.jit
     def products_kernel(
@@ -129,8 +130,7 @@ if triton is not None:
         for i in tl.static_range(M):
             for j in tl.static_range(0 if RECTANGULAR else i, K):
                 # numbered row by row; of a symmetric table the upper half
-                n: tl.constexpr = i * K + j if RECTANGULAR else i * K - i * (i + 1) // 2 + j
-                value = tl.sum(totals[n], 0)
+                value = tl.sum(totals[i * K + j - (0 if RECTANGULAR else i * (i + 1) // 2)], 0)
                 tl.store(place + i * K + j, value)
                 if not RECTANGULAR:
                     tl.store(place + j * K + i, value)
@@ -140,11 +140,17 @@ if triton is not None:
                 tl.store(place + M * K + i, tl.sum(totals[FIRST + i], 0))
 
 
+def block_for(results: int, dtype: torch.dtype) -> int:
+    """Elements a program takes at a time: as many as leave its running sums in registers."""
+    words = results * (2 if dtype == torch.float64 else 1)
+    return 1024 if words <= 15 else 512 if words <= 48 else 256
+
+
 def _call_triton(left, right, table, results) -> None:
     first = left[0]
     batch, count = first.shape[0], math.prod(first.shape[1:])
     found = sum(x.shape[1:].numel() for x in results)
-    block, steps = (1024 if found <= 15 else 512), 4
+    block, steps = block_for(found, results[0].dtype), 4
     block = min(block, max(16, triton.next_power_of_2(-(-count // steps))))
     blocks = triton.cdiv(count, steps * block)
     wide = results[0].dtype
