@@ -179,7 +179,7 @@ def _coefficient_tangents(given: Parameters, moved: Parameters, dtype: torch.dty
     return tuple(t if t is None or t.ndim == 2 else t[None] for t in totals)
 
 
-LONGEST_ROW = 16384  # what one Triton program holds
+LONGEST_ROW = 8192  # what one Triton program holds without spilling
 
 
 def served(form: Form, x: Tensor) -> str:

@@ -16,6 +16,7 @@ from .normalisation import LONGEST_ROW, Form, Parameters
 
 MOST = LONGEST_ROW  # elements of a group that one program holds
 TILE = 4096  # elements of a tile, where a group takes several
+PROGRAMS = 512  # that share the rows of a gradient; fixed, so that sums have one order on every GPU
 ROWS, PLANES, LAST = 0, 1, 2  # layouts of row_kernel
 
 
@@ -492,7 +493,7 @@ def backward(
     else:
         width = x.shape[-1]
         positions = x.numel() // (x.shape[0] * width)
-        rows_each = triton.cdiv(positions, max(1, min(positions, 512 // x.shape[0])))
+        rows_each = triton.cdiv(positions, max(1, min(positions, PROGRAMS // x.shape[0])))
         pieces = triton.cdiv(positions, rows_each)
         parts = x.new_empty((x.shape[0], pieces, 2, width), dtype=torch.float32)
         vectors, strides = _vectors(*given[:4])
