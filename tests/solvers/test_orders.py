@@ -138,3 +138,17 @@ def test_order_holds_on_uneven_grids_and_other_schedules(name, grid, solver, ord
     found = errors("mixture", name, solver, grid)
     for coarse, fine in itertools.pairwise(found):
         assert math.log2(coarse / fine) >= order - 0.15
+
+
+@pytest.mark.parametrize(("pattern", "order"), [((1,), 3), ((1, 2, 3), 2)])
+def test_singlestep_on_the_grids_own_times_keeps_order_three_only_where_lambda_is_even(pattern, order):
+    schedule, first, last, noise, exact = truth("mixture", "vp")
+    teacher = DATA["mixture"].teacher(schedule, "v")
+    at, to = schedule.half_log_snr(first), schedule.half_log_snr(last)
+    found = []
+    for steps in (96, 192):
+        ways = list(itertools.accumulate(pattern[i % len(pattern)] for i in range(steps)))
+        inside = [schedule.time_of_half_log_snr(at + (to - at) * way / ways[-1]) for way in ways[:-1]]
+        plan = solvers.plan("dpmpp_3s", schedule, steps, grid=[first, *inside, last], prediction="v", inner="grid")
+        found.append(float((solvers.sample(teacher, plan, noise) - exact).abs().max()))
+    assert math.log2(found[0] / found[1]) == pytest.approx(order, abs=0.15)

@@ -87,8 +87,7 @@ def plan(
             if not known:
                 raise UserError(f"solver {name!r} takes no option {option!r}; it has none.")
             raise choose(f"option of solver {name!r},", option, known)
-    laid = solver.grids.get(schedule.name) if grid is None else grid
-    times = grids.times(laid, schedule, steps, zero=solver.zero)
+    times = grid_times(name, schedule, steps, grid)
     if grids.is_rising(times) and grids.is_clean(schedule, times[0]):
         raise UserError(
             f"a rising grid starts at t={times[0]!r}, where sigma is zero and the noise is undetermined; "
@@ -112,6 +111,15 @@ def plan(
         initial_scale=initial_scale,
         options=used,
     )
+
+
+def grid_times(name: str, schedule: Schedule, steps: int, grid: grids.Grid | None = None) -> tuple[float, ...]:
+    """The N + 1 times that plan(name, schedule, steps, grid=grid) visits."""
+    if name not in _SOLVERS:
+        raise choose("solver", name, _SOLVERS)
+    solver = _SOLVERS[name]
+    laid = solver.grids.get(schedule.name) if grid is None else grid
+    return grids.times(laid, schedule, steps, zero=solver.zero)
 
 
 def _shown(grid: grids.Grid | None, times: Sequence[float]) -> Any:
