@@ -6,6 +6,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ ABI = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 SCALAR_DTYPES = {torch.float32: 0, torch.float64: 3, torch.int64: 4}
 _int, _double, _pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
-_SIGNATURES = {
+_SIGNATURES: dict[str, list[Any]] = {
     "lincomb": [_int, _int, _int, _int, _pointer, _pointer, _pointer, _int],
     "normal": [_pointer, _int, _int, _int, _pointer, _int],
     "uniform": [_pointer, _int, _int, _int, _pointer, _int],
