@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
 from torch import Tensor
 
 from fewstep import solvers
@@ -27,7 +28,7 @@ class Denoising(Method):
 
         times: TimeLaw | None = None
         """Law of the training times; none: log-normal(-1.2, 1.2) for prediction "edm", karras or uniform for others."""
-        condition_dropout: float = 0.1
+        condition_dropout: float = Field(0.1, ge=0, le=1)
         """Share of samples trained with the null condition, for classifier-free guidance."""
         solver: str = "dpmpp_2m"
         """The solver of `sampling`."""
