@@ -75,7 +75,7 @@ def guidance(rounds: int) -> list[dict]:
 
     def eager_projected(cond, uncond):
         d = cond - uncond
-        d = d * (15.0 / d.norm(dim=dims, keepdim=True)).clamp(max=1.0)
+        d = d * (15.0 / d.square().sum(dims, keepdim=True).sqrt()).clamp(max=1.0)
         along = (d * cond).sum(dims, keepdim=True) / cond.square().sum(dims, keepdim=True) * cond
         return cond + 6.5 * (d - along)
 

@@ -22,25 +22,27 @@ inline T slope(T d, T c) {
     return d / root(d * d + c * c);
 }
 
+/* The elements as T: where they lie, or converted into room. */
 template <class T>
-void fetch(const void *from, int dtype, int64_t start, int64_t count, T *to) {
-    load((const char *)from + start * item_size(dtype), dtype, to, count);
+const T *fetch(const void *from, int dtype, int64_t start, int64_t count, T *room) {
+    if (dtype == dtype_of<T>()) return (const T *)from + start;
+    load((const char *)from + start * item_size(dtype), dtype, room, count);
+    return room;
 }
 
 /* phi(a - b), or phi'(a - b), times the weight. */
 template <int KIND, class T>
 void weighted(const DistanceChunk &chunk, bool derivative, int64_t start, int64_t count, T *out) {
-    T a[TILE], b[TILE];
+    alignas(64) T a_room[TILE], b_room[TILE];
     const T c = (T)chunk.c;
-    fetch(chunk.a, chunk.a_dtype, start, count, a);
-    fetch(chunk.b, chunk.b_dtype, start, count, b);
+    const T *a = fetch(chunk.a, chunk.a_dtype, start, count, a_room), *b = fetch(chunk.b, chunk.b_dtype, start, count, b_room);
     if (derivative)
         for (int64_t i = 0; i < count; ++i) out[i] = slope<KIND, T>(a[i] - b[i], c);
     else
         for (int64_t i = 0; i < count; ++i) out[i] = value<KIND, T>(a[i] - b[i], c);
     if (chunk.weight) {
-        fetch(chunk.weight, chunk.weight_dtype, start, count, a);
-        for (int64_t i = 0; i < count; ++i) out[i] *= a[i];
+        const T *weight = fetch(chunk.weight, chunk.weight_dtype, start, count, a_room);
+        for (int64_t i = 0; i < count; ++i) out[i] *= weight[i];
     }
 }
 
@@ -73,17 +75,19 @@ template <class T>
 double sum_of(const DistanceChunk &chunk) {
     const bool derivative = chunk.tangent_a || chunk.tangent_b;
     double lanes[16] = {0}, total = 0;
-    T term[TILE], along[TILE], other[TILE];
+    alignas(64) T term[TILE], room[TILE];
     for (int64_t start = 0; start < chunk.count; start += TILE) {
         const int64_t count = chunk.count - start < TILE ? chunk.count - start : TILE, whole = (count + 15) / 16 * 16;
         terms(chunk, derivative, start, count, term);
         if (derivative) {
-            if (chunk.tangent_a) fetch(chunk.tangent_a, chunk.tangent_a_dtype, start, count, along);
-            else
-                for (int64_t i = 0; i < count; ++i) along[i] = 0;
+            alignas(64) T along[TILE] = {0};
+            if (chunk.tangent_a) {
+                const T *x = fetch(chunk.tangent_a, chunk.tangent_a_dtype, start, count, room);
+                for (int64_t i = 0; i < count; ++i) along[i] = x[i];
+            }
             if (chunk.tangent_b) {
-                fetch(chunk.tangent_b, chunk.tangent_b_dtype, start, count, other);
-                for (int64_t i = 0; i < count; ++i) along[i] -= other[i];
+                const T *x = fetch(chunk.tangent_b, chunk.tangent_b_dtype, start, count, room);
+                for (int64_t i = 0; i < count; ++i) along[i] -= x[i];
             }
             for (int64_t i = 0; i < count; ++i) term[i] *= along[i];
         }
@@ -96,7 +100,7 @@ double sum_of(const DistanceChunk &chunk) {
 
 template <class T>
 void gradients_of(const DistanceChunk &chunk) {
-    T term[TILE];
+    alignas(64) T term[TILE];
     const T scale = (T)chunk.scale;
     for (int64_t start = 0; start < chunk.count; start += TILE) {
         const int64_t count = chunk.count - start < TILE ? chunk.count - start : TILE;

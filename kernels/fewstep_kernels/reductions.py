@@ -50,7 +50,7 @@ def rows(tensors: Sequence[Tensor | None]) -> Any:
     return native.table(values)
 
 
-@functools.lru_cache(256)
+@functools.lru_cache(4096)
 def device_table(table: Table, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A table of numbers as a tensor, copied to the device once: later calls wait for nothing."""
     with torch.inference_mode(False):
