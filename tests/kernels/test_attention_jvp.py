@@ -222,3 +222,34 @@ def test_the_log_sum_exp_is_what_it_says():
     expected = (q @ k.transpose(-1, -2) * 0.25).logsumexp(-1)
     close(reference(q, k, v, *tangents, None, False, 0.25)[2], expected)
     close(attention_primal.forward(q, k, v, None, False, 0.25)[1], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("width", (16, 40, 64, 72, 96, 128, 160, 256))
+@pytest.mark.parametrize(
+    ("mask", "causal", "rows", "keys"),
+    ((None, False, 130, 63), (None, True, 257, 257), ("dead", False, 63, 130), ("added", True, 64, 500)),
+)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
+def test_values_tangents_and_gradients_on_a_gpu(width, mask, causal, rows, keys, dtype):
+    shape = (2, 4, 2, rows, keys, width)
+    primals, tangents = (tuple(x.cuda() for x in given) for given in draw(*shape, dtype=dtype))
+    mask = make_mask(mask, *shape[:2], *shape[3:5])
+    mask = mask if mask is None else mask.cuda()
+
+    def everything(function, wide):
+        leaves = [x.to(wide, copy=True).requires_grad_() for x in primals]
+        value, tangent = jvp(lambda *x: function(*x, mask, causal), tuple(leaves), tuple(t.to(wide) for t in tangents))
+        gradients = torch.autograd.grad(value.square().sum(), leaves)
+        leaves = [x.to(wide, copy=True).requires_grad_() for x in primals]
+        alone = torch.autograd.grad(function(*leaves, mask, causal).square().sum(), leaves)
+        return value, tangent, *gradients, *alone
+
+    with torch.device("cuda"):  # plain makes its causal mask there
+        expected = everything(plain, torch.float64)
+    found = everything(lambda q, k, v, m, c: attention(q, k, v, mask=m, causal=c), dtype)
+    bound = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}[dtype]  # a few roundings of the dtype
+    for ours, exact in zip(found, expected):
+        assert not ours.isnan().any()
+        assert (ours.double() - exact).norm() <= bound * exact.norm()
