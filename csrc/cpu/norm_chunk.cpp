@@ -145,14 +145,18 @@ void pair(const NormTile &tile, double *sums, double *__restrict column_vx, doub
         if (!sums) continue;
         if (VA && !tile.tangent)
             for (int64_t i = 0; i < count; ++i) vx[i] *= a[i], v[i] *= a[i];
-        int64_t i = 0; /* in float within a line: a lane adds NORM_TILE / WIDE numbers at most */
+        int64_t i = 0;
         constexpr int WIDE = 4 * LANES;
-        float first[WIDE] = {0}, second[WIDE] = {0};
-        for (; i + WIDE <= count; i += WIDE)
-            for (int j = 0; j < WIDE; ++j) first[j] += vx[i + j], second[j] += v[i + j];
-        for (int j = 0; i < count; ++i, ++j) first[j] += vx[i], second[j] += v[i];
-        for (int part = 0; part < WIDE; part += LANES)
-            for (int j = 0; j < LANES; ++j) lanes.first[j] += (double)first[part + j], lanes.second[j] += (double)second[part + j];
+        if (count >= 4 * WIDE) { /* in float within a line: a lane adds NORM_TILE / WIDE numbers at most */
+            float first[WIDE] = {0}, second[WIDE] = {0};
+            for (; i + WIDE <= count; i += WIDE)
+                for (int j = 0; j < WIDE; ++j) first[j] += vx[i + j], second[j] += v[i + j];
+            for (int part = 0; part < WIDE; part += LANES)
+                for (int j = 0; j < LANES; ++j) lanes.first[j] += (double)first[part + j], lanes.second[j] += (double)second[part + j];
+        }
+        for (; i + LANES <= count; i += LANES)
+            for (int j = 0; j < LANES; ++j) lanes.first[j] += (double)vx[i + j], lanes.second[j] += (double)v[i + j];
+        for (int j = 0; i < count; ++i, ++j) lanes.first[j] += (double)vx[i], lanes.second[j] += (double)v[i];
         lanes.flush(sums + 2 * l);
     }
 }

@@ -11,6 +11,7 @@ the tangent of xhat is J(tz). For RMS normalisation mean = 0 and the term mean(v
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -188,6 +189,16 @@ def served(form: Form, x: Tensor) -> str:
     if x.dtype == torch.float64 or x.numel() == 0:
         return "reference"
     return "reference" if backend == "triton" and not form.groups and x.shape[-1] > LONGEST_ROW else backend
+
+
+def worthwhile(form: Form, x: Tensor, given: Parameters) -> bool:
+    """Whether the operator beats plain torch: always on a GPU; on a CPU above the sizes measured by the benchmarks."""
+    if x.device.type != "cpu" or backends.override() is not None:
+        return True
+    if not form.groups:
+        return x.numel() >= 2**17
+    modulated = given.scale is not None or given.shift is not None or given.input_shift is not None
+    return x.numel() >= (2**18 if modulated else 2**19) and math.prod(x.shape[2:]) >= 64
 
 
 def _kernels(backend: str):
@@ -488,7 +499,7 @@ def reference(form: Form, x: Tensor, given: Parameters) -> Tensor:
 
 def normalise(form: Form, x: Tensor, given: Parameters) -> Tensor:
     """The choice between the three paths, for checked arguments."""
-    if registration.tracing() or served(form, x) == "reference":
+    if registration.tracing() or served(form, x) == "reference" or not worthwhile(form, x, given):
         return reference(form, x, given)
     return _apply(form, x, given)[0]
 

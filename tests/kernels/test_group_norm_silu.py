@@ -5,7 +5,7 @@ import torch
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 import fewstep_kernels as fk
-from fewstep_kernels import group_norm_silu
+from fewstep_kernels import group_norm_silu, normalisation
 from fewstep_kernels.group_norm_silu import reference
 from tests.kernels.normalisation_cases import (
     assert_as_accurate,
@@ -17,10 +17,17 @@ from tests.kernels.normalisation_cases import (
     with_gradients,
 )
 
+WORTHWHILE = normalisation.worthwhile
 SHAPES = (((2, 6, 5, 5), 3), ((1, 4, 1, 1), 2), ((3, 63, 7, 9), 7), ((2, 500, 4, 4), 5), ((2, 8, 33, 32), 2))
 LAYOUTS = pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
 SMALL = ((2, 6, 3, 2), 3)
 needs_cpu = pytest.mark.skipif(fk.backend("group_norm_silu", "cpu") != "cpu", reason="libfewstep_cpu.so was not built")
+
+
+@pytest.fixture(autouse=True)
+def however_small(monkeypatch):
+    """The fast backend serves the small tensors of these tests too."""
+    monkeypatch.setattr(normalisation, "worthwhile", lambda form, x, given: True)
 
 
 def close(left, right):
@@ -192,8 +199,6 @@ def test_gradcheck_of_the_reference_and_of_our_formulas():
     wide = [t.requires_grad_() for t in double(inputs((2, 4, 2, 2), 4))]
     assert torch.autograd.gradcheck(group(2), wide, check_forward_ad=True)
 
-    from fewstep_kernels import normalisation
-
     form = normalisation.Form("group_norm_silu", 2, 1e-5, True)
     gradient = torch.randn(2, 4, 2, 2, dtype=torch.float64)
     dx, da, db = normalisation.gradients(form, gradient, wide[0], normalisation.Parameters(*wide[1:]))
@@ -259,3 +264,12 @@ def test_what_does_not_fit_is_said_in_one_sentence(call, words):
 def test_the_reference_is_what_runs_in_float64():
     x, weight, *_ = double(inputs(SMALL[0], 6))
     assert torch.equal(group_norm_silu(x, 3, weight), reference(x, 3, weight))
+
+
+@needs_cpu
+def test_small_tensors_on_a_cpu_go_to_plain_torch_and_large_ones_do_not():
+    large = torch.zeros(2, 16, 128, 128)
+    form, none = normalisation.Form("group_norm_silu", 2, 1e-5, True), normalisation.Parameters()
+    assert WORTHWHILE(form, large, none) and not WORTHWHILE(form, large[:, :, :4, :4], none)
+    modulated = none._replace(scale=torch.zeros(2, 16))
+    assert WORTHWHILE(form, large[:, :, :64], modulated) and not WORTHWHILE(form, large[:, :, :64], none)
