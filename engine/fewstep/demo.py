@@ -213,7 +213,7 @@ def demo(out: Path, seed: int = 0, resume: bool = False) -> Path:
             f"{engine.path} built by {engine.backend} in {engine.seconds:.1f} s; it has not been run: that needs a GPU"
         )
     with stations.station("bench"):
-        results["latency"] = bench_artefacts(teacher=teacher, student=served)
+        results["latency"] = bench_artefacts(teacher=teacher, student=served, seconds=0.25)
         print(table(results["latency"]))
     with stations.station("report"):
         results["losses"] = loss_curves({"teacher": teacher, **students})
