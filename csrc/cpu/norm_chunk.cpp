@@ -66,6 +66,33 @@ struct Lanes {
     }
 };
 
+constexpr int WIDE = 4 * LANES; /* float lanes: each adds NORM_TILE / WIDE numbers of a line at most */
+
+/* Sums of x and x^2 of the first count / WIDE * WIDE elements, added to sums: in float around their own mean, so that no digit is lost. */
+int64_t centred_moments(Floats x, int64_t count, double added, double *sums) {
+    float first[WIDE] = {0}, second[WIDE] = {0};
+    const int64_t whole = count / WIDE * WIDE;
+    for (int64_t i = 0; i < whole; i += WIDE)
+        for (int j = 0; j < WIDE; ++j) first[j] += x[i + j];
+    for (int half = WIDE / 2; half; half /= 2)
+        for (int j = 0; j < half; ++j) first[j] += first[j + half];
+    const float centre = first[0] / (float)whole;
+    for (int j = 0; j < WIDE; ++j) first[j] = 0;
+    for (int64_t i = 0; i < whole; i += WIDE)
+        for (int j = 0; j < WIDE; ++j) {
+            const float d = x[i + j] - centre;
+            first[j] += d, second[j] += d * d;
+        }
+    double around[2] = {0, 0};
+    Lanes lanes;
+    for (int part = 0; part < WIDE; part += LANES)
+        for (int j = 0; j < LANES; ++j) lanes.first[j] += (double)first[part + j], lanes.second[j] += (double)second[part + j];
+    lanes.flush(around);
+    const double shift = (double)centre + added;
+    sums[0] += around[0] + shift * (double)whole, sums[1] += around[1] + 2 * shift * around[0] + shift * shift * (double)whole;
+    return whole;
+}
+
 void moments(const NormTile &tile, double *sums, int64_t step) {
     float scratch[NORM_TILE];
     const int64_t count = tile.count;
@@ -73,7 +100,7 @@ void moments(const NormTile &tile, double *sums, int64_t step) {
     for (int64_t l = 0; l < tile.lines; ++l) {
         Floats x = floats(tile.x, tile.dtype, l * count, scratch, count);
         const double added = tile.added ? tile.added[l * tile.coefficients_step] : 0.0;
-        int64_t i = 0;
+        int64_t i = count >= 4 * WIDE ? centred_moments(x, count, added, sums + l * step) : 0;
         for (; i + LANES <= count; i += LANES)
             for (int j = 0; j < LANES; ++j) {
                 const double z = (double)x[i + j] + added;
@@ -146,8 +173,7 @@ void pair(const NormTile &tile, double *sums, double *__restrict column_vx, doub
         if (VA && !tile.tangent)
             for (int64_t i = 0; i < count; ++i) vx[i] *= a[i], v[i] *= a[i];
         int64_t i = 0;
-        constexpr int WIDE = 4 * LANES;
-        if (count >= 4 * WIDE) { /* in float within a line: a lane adds NORM_TILE / WIDE numbers at most */
+        if (count >= 4 * WIDE) {
             float first[WIDE] = {0}, second[WIDE] = {0};
             for (; i + WIDE <= count; i += WIDE)
                 for (int j = 0; j < WIDE; ++j) first[j] += vx[i + j], second[j] += v[i + j];

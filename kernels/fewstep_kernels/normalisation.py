@@ -195,10 +195,12 @@ def worthwhile(form: Form, x: Tensor, given: Parameters) -> bool:
     """Whether the operator beats plain torch: always on a GPU; on a CPU above the sizes measured by the benchmarks."""
     if x.device.type != "cpu" or backends.override() is not None:
         return True
+    derivatives = registration.differentiating(p for p in (x, *given) if p is not None)
     if not form.groups:
-        return x.numel() >= 2**17
-    modulated = given.scale is not None or given.shift is not None or given.input_shift is not None
-    return x.numel() >= (2**18 if modulated else 2**19) and math.prod(x.shape[2:]) >= 64
+        return x.numel() >= (2**19 if derivatives else 2**18)
+    if given.scale is None and given.shift is None and given.input_shift is None:
+        return x.numel() >= 2**19 and math.prod(x.shape[2:]) >= 64 and (derivatives or x.is_contiguous())
+    return x.numel() >= 2**18 and math.prod(x.shape[2:]) >= 64
 
 
 def _kernels(backend: str):
