@@ -51,7 +51,7 @@ def test_errors_are_near_torchs_in_the_same_dtype(kind, shape, dtype, monkeypatc
     with monkeypatch.context() as patch:
         nan_filled_allocations(patch)
         ours = with_gradients(row(kind), tensors, gradient)
-    assert_as_accurate(ours, torchs, truth, dtype)
+    assert_as_accurate(ours, torchs, truth, gradient)
     assert ours[0].dtype == dtype
 
 
