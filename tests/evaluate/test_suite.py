@@ -108,7 +108,12 @@ def test_a_sheet_holds_the_images_pixel_for_pixel():
 
 def test_artefacts_are_evaluated_as_they_lie_on_disk(teacher_folder, student_folder):
     found = evaluate_artefacts(
-        teacher_folder, {"mine": student_folder}, samples=360, teacher_evaluations=(1, 32), progress=lambda line: None
+        teacher_folder,
+        {"mine": student_folder},
+        samples=360,
+        teacher_evaluations=(1, 32),
+        bounds={("mine", 1, 32): 1e-9, ("mine", 4, 32): 1e9},
+        progress=lambda line: None,
     )
     assert {scale: list(group) for scale, group in found["teacher"].items()} == {"1": ["1", "32"], "1.5": ["32"]}
     assert list(found["students"]["mine"]) == ["1", "2", "4"] and found["measured"]["reference"] == "teacher/32"
@@ -118,4 +123,10 @@ def test_artefacts_are_evaluated_as_they_lie_on_disk(teacher_folder, student_fol
         ("mine/1", "teacher/1"),
         ("mine/2", "teacher/32"),
         ("mine/4", "teacher/32"),
+    ]
+    assert [(row.get("bound"), row.get("holds")) for row in found["comparisons"]] == [
+        (1e-9, False),
+        (None, None),
+        (None, None),
+        (1e9, True),
     ]

@@ -179,14 +179,17 @@ def evaluate_artefacts(
     guidance: float = 1.5,
     *,
     teacher_evaluations: Sequence[int] = TEACHER_EVALUATIONS,
+    bounds: Mapping[tuple[str, int, int], float] | None = None,
     progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """`evaluate` for artefact folders: the teacher at each number of evaluations, the students at each they offer.
 
     The teacher's curve has the guidance the students were distilled at (their provenance, else 1); at 32 evaluations
     it is also scored unguided and at `guidance`, for fidelity against diversity. Each student is compared with the
-    teacher at 32 and, with one evaluation, at 1.
+    teacher at 32 and, with one evaluation, at 1. bounds: the largest ratio of Frechet distances that (student, its
+    steps, the teacher's evaluations) is held to.
     """
+    bounds = bounds or {}
     from fewstep.runtime.student import (
         load,
     )  # the one import upward, and a late one: whoever evaluates folders has both
@@ -225,10 +228,10 @@ def evaluate_artefacts(
             samplers[text] = drawing(student, steps, None)
             rival = str(Name("teacher", scales[name], 32))
             if rival in samplers:
-                comparisons.append((text, rival, None))
+                comparisons.append((text, rival, bounds.get((name, steps, 32))))
             start = str(Name("teacher", scales[name], 1))
             if steps == 1 and start in samplers:
-                comparisons.append((text, start, None))
+                comparisons.append((text, start, bounds.get((name, steps, 1))))
     return evaluate(
         samplers,
         samples=samples,
