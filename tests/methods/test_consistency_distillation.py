@@ -238,4 +238,12 @@ def test_distances_are_their_formulas():
     torch.testing.assert_close(huber(a, b), torch.sqrt(norm**2 + 0.49) - 0.7)
     assert Distance.model_validate("l1") == Distance(name="l1")
     small = huber(a, a + 1e-5)
-    torch.testing.assert_close(small, torch.full_like(small, 8e-10 / 1.4), rtol=1e-4, atol=0)  # |d|^2 / 2c
+    torch.testing.assert_close(small, torch.full_like(small, 8e-10 / 1.4), rtol=1e-9, atol=0)  # |d|^2 / 2c
+
+
+@pytest.mark.parametrize("name", ["l1", "l2", "pseudo_huber"])
+def test_distances_of_low_precision_answers_are_taken_in_float32(name):
+    a, b = torch.randn(3, 500).bfloat16(), torch.randn(3, 500).bfloat16()
+    found, exact = Distance(name=name)(a, b), Distance(name=name)(a.double(), b.double())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)  # some roundings of a float32 sum

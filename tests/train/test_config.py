@@ -76,6 +76,7 @@ def test_overrides_reach_any_depth_and_are_yaml(tmp_path):
         ("train.zero_stage=4", ["train.zero_stage", "4", "1, 2, 3"]),
         ("train.clip=-1", ["train.clip", "-1", "greater than 0"]),
         ("train.ema.decay=1.0", ["train.ema.decay", "1.0", "less than 1"]),
+        ("method.distance={name: pseudo_huber, c: 0.0}", ["method.distance.c", "0.0", "greater than 0"]),
         ("data=digits", ["data", "'digits'", "section"]),
         ("data.loader=dalli", ["data.loader", "did you mean 'dali'"]),
         ("output=", ["output", "text"]),

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.gram_guidance import normalised_direction
 from fewstep.methods.distances import output_weight
 from fewstep.methods.rng import Rng
 from fewstep.methods.times import TimeLaw
 from fewstep.nets.network import Network
+from fewstep_kernels import l2
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Critic:
     def loss(self, answer: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """Denoising score matching on the student's samples x0: mean of lambda(t) |answer - x0|^2."""
         weight = output_weight(self.network.schedule, self.network.prediction, t)
-        return (weight * (answer - x0).square().flatten(1).mean(1)).mean()
+        return l2(answer, x0, weight).mean()
 
 
 def matching_direction(x: Tensor, fake: Tensor, real: Tensor, normalise: bool = True) -> Tensor:
@@ -42,10 +44,7 @@ def matching_direction(x: Tensor, fake: Tensor, real: Tensor, normalise: bool = 
     estimates, all [B, ...]. Not normalised, E[h . dx] is sigma^2/alpha^2 times the gradient of KL(q_t || p_t).
     """
     with torch.no_grad():
-        direction = fake - real
-        if normalise:
-            size = (x - real).abs().flatten(1).mean(1)
-            direction = direction / size.reshape(-1, *[1] * (x.dim() - 1))
+        direction = normalised_direction(x, fake, real) if normalise else fake - real
         return torch.nan_to_num(direction, nan=0.0, posinf=0.0, neginf=0.0)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
+import fewstep_kernels as fk
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import Schedule
 from fewstep.methods.base import MethodConfig
@@ -19,7 +20,7 @@ class Distance(MethodConfig):
 
     name: Literal["l1", "l2", "pseudo_huber"] = "pseudo_huber"
     """l1: mean |a - b|; l2: mean (a - b)^2; pseudo_huber: sqrt(|a - b|^2 + c^2) - c over the whole sample."""
-    c: float = 0.03
+    c: Annotated[float, Field(gt=0.0)] = 0.03
     """Where pseudo-Huber turns from square to linear, in the norm of the sample (arXiv:2310.14189, section 3.3)."""
 
     @model_validator(mode="before")
@@ -28,12 +29,9 @@ class Distance(MethodConfig):
         return {"name": given} if isinstance(given, str) else given
 
     def __call__(self, answer: Tensor, target: Tensor) -> Tensor:
-        difference = (answer - target).flatten(1)
-        if self.name == "l1":
-            return difference.abs().mean(1)
-        if self.name == "l2":
-            return difference.square().mean(1)
-        return torch.sqrt(difference.square().sum(1) + self.c**2) - self.c
+        if self.name == "pseudo_huber":
+            return fk.pseudo_huber(answer, target, c=self.c)
+        return (fk.l1 if self.name == "l1" else fk.l2)(answer, target)
 
 
 def output_weight(schedule: Schedule, prediction: Prediction, t: Tensor) -> Tensor:
