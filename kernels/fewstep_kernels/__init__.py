@@ -1,6 +1,6 @@
 """Fused operators for few-step samplers and their training; each `reference` in plain torch defines the result."""
 
-from . import decay_profiles
+from . import backends, decay_profiles, interpreter
 from .adamw_ema import adamw_ema_step
 from .attention_jvp import attention, attention_jvp, carrying_tangents, scaled_dot_product_attention
 from .backends import backend, report
@@ -15,6 +15,9 @@ from .noise import normal, uniform
 from .norm_modulate import layer_norm_modulate, rms_norm_modulate
 from .optimizer import AdamWEma
 from .threshold import threshold
+
+if backends.interpreting():
+    interpreter.repair()
 
 __all__ = [
     "AdamWEma",

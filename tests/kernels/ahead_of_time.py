@@ -22,6 +22,13 @@ CACHE = ROOT / ".cache" / "kernels"
 CAPABILITIES = (80, 90, 100)
 
 
+def triton_before(*version: int) -> bool:
+    """Whether the Triton here is older: its compiler gives other numbers of registers to the same kernel."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) < version
+
+
 def python(program: str, *arguments: str, **environment: str) -> str:
     """What a Python program prints; fails with its last words."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 from tests.kernels import ahead_of_time
-from tests.kernels.ahead_of_time import python
+from tests.kernels.ahead_of_time import python, triton_before
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "fewstep_kernels"
 SOURCES = [KERNELS / f"{name}.py" for name in ("reductions", "inner_products", "distance_kernels", "threshold")]
@@ -171,6 +171,8 @@ def test_nothing_spills(compiled):
 
 def test_registers_stay_within_the_budget(compiled):
     budget = {"gram of six bf16": 255, "gram of six fp64": 255}  # 33 running sums of four words a thread
+    if triton_before(3, 7):
+        budget["inner products 3 by 2 fp32"] = 160
     over = [row for row in compiled if row["registers"] > budget.get(row["variant"], 128)]
     assert [(row["variant"], row["capability"], row["registers"]) for row in over] == []
 
