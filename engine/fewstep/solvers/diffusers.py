@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError, choose
 from fewstep.solvers import registry
-from fewstep.solvers.plans import Plan
+from fewstep.solvers.memory import tracing
+from fewstep.solvers.plans import Plan, Stage
 from fewstep_kernels import lincomb
 
 try:
@@ -25,6 +26,7 @@ try:
 except ImportError:
     raise UserError("fewstep.solvers.diffusers needs diffusers; install it with: pip install diffusers") from None
 
+_KEPT_PLANS = 8
 KINDS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow", "edm": "edm"}
 
 
@@ -36,7 +38,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
     config is plain JSON, saved and loaded by diffusers; `from_config(pipe.scheduler.config, solver=...)` takes over
     betas and prediction type from another scheduler.
 
-    A pipeline may start at any step (image to image, `set_begin_index`): the solver then warms up from there.
+    A pipeline may start at any step (image to image, `set_begin_index`): the solver then warms up from there. Plans and
+    their coefficients stay on the device between calls; a step copies nothing there and asks it nothing.
     """
 
     _compatibles: list[str] = []
@@ -66,6 +69,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
         self.init_noise_sigma = float(self.schedule.sigma(self.schedule.t_max))
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self.plan: Plan | None = None
+        self._plans: dict[tuple[Any, ...], Plan] = {}
         lists = [value for value in (grid, *(options or {}).values()) if isinstance(value, (list, tuple))]
         if not lists:  # a wrong solver, grid or option is refused now and not in the middle of a pipeline
             self._compile(1)
@@ -88,10 +92,23 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
         )
 
     def _compile(self, steps: int) -> Plan:
-        options, grid = dict(self.config.options or {}), self.config.grid if self._given is None else list(self._given)
+        grid = self.config.grid if self._given is None else list(self._given)
+        return self._kept_plan((steps, self._given, self.schedule), lambda: self._plan_of(steps, grid))
+
+    def _plan_of(self, steps: int, grid: Any, options: dict[str, Any] | None = None) -> Plan:
+        options = dict(self.config.options or {}) if options is None else options
         if isinstance(options.get("order"), int):
             options["order"] = min(options["order"], steps)
         return registry.plan(self.config.solver, self.schedule, steps, grid=grid, prediction=self.prediction, **options)
+
+    def _kept_plan(self, key: tuple[Any, ...], make: Callable[[], Plan]) -> Plan:
+        """The plan of this key, the last eight of which are kept for the pipeline's next calls."""
+        if key not in self._plans:
+            made = make()
+            for oldest in list(self._plans)[: max(0, len(self._plans) + 1 - _KEPT_PLANS)]:
+                self._plans.pop(oldest)
+            self._plans[key] = made
+        return self._plans[key]
 
     def set_timesteps(
         self,
@@ -136,6 +153,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
         self.timesteps = torch.tensor(told, dtype=torch.float32, device=device)
         self._begin_index = None
         self._restart()
+        if device is not None:
+            _tables(self.plan, torch.device(device), torch.float32)
 
     def _told_scale(self) -> float:
         """Pipelines of flow models pass 1000 times the network's time."""
@@ -184,11 +203,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
         known = {**self._kept, "x": sample, "cond": model_output}
         if stage.noise:
             known["noise"] = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-        rows = [(name, row) for name, row in zip(stage.outputs, stage.matrix) if name != "input"]
         inputs = [known[name] for name in stage.inputs]
-        table = torch.tensor([row for _, row in rows], dtype=coefficient_dtype(*inputs), device=sample.device)
-        values = lincomb(inputs, table, dtypes=[sample.dtype] * len(rows))
-        found = dict(zip((name for name, _ in rows), values))
+        table = _tables(self._running, sample.device, coefficient_dtype(*inputs))[self._index - self._offset]
+        names = _outputs(stage)
+        found = dict(zip(names, lincomb(inputs, table, dtypes=[sample.dtype] * len(names))))
         self._index += 1
         x = found.pop("x")
         self._kept.update(found)
@@ -205,29 +223,23 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
             return self._begin_index
         if timestep is None:
             return 0
+        if isinstance(timestep, Tensor) and not tracing() and _shares_memory(timestep, self.timesteps):
+            return timestep.storage_offset() - self.timesteps.storage_offset()
         return int((self.timesteps - float(timestep)).abs().argmin())
 
     def _rest(self, index: int) -> Plan:
         """The plan of the steps left from evaluation `index`, which must be a step's first."""
-        plan = self._planned()
+        return self._kept_plan((self._steps, self._given, self.schedule, index), lambda: self._plan_from(index))
+
+    def _plan_from(self, index: int) -> Plan:
         for done in range(1, self._steps):
             left = self._steps - done
-            options = dict(self.config.options or {})
-            if isinstance(options.get("order"), int):
-                options["order"] = min(options["order"], left)
             options = {
                 key: value[-left:] if isinstance(value, list) and len(value) == self._steps else value
-                for key, value in options.items()
+                for key, value in (self.config.options or {}).items()
             }
-            rest = registry.plan(
-                self.config.solver,
-                self.schedule,
-                left,
-                grid=list(self._times[done:]),
-                prediction=self.prediction,
-                **options,
-            )
-            if rest.stages[0].time == plan.stages[index].time:
+            rest = self._plan_of(left, list(self._times[done:]), options)
+            if rest.stages[0].time == self._planned().stages[index].time:
                 return rest
         raise UserError(f"evaluation {index} of this plan is inside a step of {self.config.solver!r}; begin at a step.")
 
@@ -244,3 +256,34 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
+
+
+def _outputs(stage: Stage) -> tuple[str, ...]:
+    """What a step computes: the pipeline scales the next network input itself."""
+    return tuple(name for name in stage.outputs if name != "input")
+
+
+def _tables(plan: Plan, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Each stage's coefficients [M, K], copied to the device once for as long as the plan lives."""
+
+    def made() -> list[Tensor]:
+        rows = ([stage.matrix[stage.outputs.index(name)] for name in _outputs(stage)] for stage in plan.stages)
+        return [torch.tensor(table, device=device, dtype=dtype) for table in rows]
+
+    if tracing():
+        return made()
+    key = ("scheduler", device, dtype)
+    if key not in plan._device_cache:
+        with torch.inference_mode(False):
+            plan._device_cache[key] = made()
+    return plan._device_cache[key]
+
+
+def _shares_memory(part: Tensor, whole: Tensor) -> bool:
+    """Whether `part` is a number out of `whole`, whose place then needs no look at its value."""
+    return (
+        part.numel() == 1
+        and part.dtype == whole.dtype
+        and part.device == whole.device
+        and part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    )
