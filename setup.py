@@ -135,7 +135,7 @@ EXTRAS = {
 }
 EXTRAS["test"] = [
     *(name for names in EXTRAS.values() for name in names),
-    *("pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "httpx", "diffusers"),
+    *("pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "httpx", "diffusers", "transformers"),
 ]
 
 setup(
