@@ -224,7 +224,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
         if timestep is None:
             return 0
         if isinstance(timestep, Tensor) and not tracing() and _shares_memory(timestep, self.timesteps):
-            return timestep.storage_offset() - self.timesteps.storage_offset()
+            return int(timestep.storage_offset() - self.timesteps.storage_offset())
         return int((self.timesteps - float(timestep)).abs().argmin())
 
     def _rest(self, index: int) -> Plan:
