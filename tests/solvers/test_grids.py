@@ -15,7 +15,7 @@ from fewstep.solvers import grids
 ALL = schedules.names()
 
 
-TABLES = {"leading", "trailing", "linspace", "lcm", "align_your_steps"}  # these have their own start
+TABLES = {"leading", "trailing", "linspace", "lcm", "align_your_steps", "searched"}  # these have their own start
 
 
 @pytest.mark.parametrize("grid", [name for name in grids.names() if name not in TABLES])

@@ -16,7 +16,7 @@ from typing import Any
 
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError, choose
-from fewstep.solvers import indices
+from fewstep.solvers import grid_files, indices
 
 Grid = str | Sequence[float] | Mapping[str, Any]
 
@@ -263,6 +263,47 @@ def _beta_share(x: float, a: float, b: float) -> float:
         if abs(d * c - 1.0) < 1e-16:
             break
     return front * total / a
+
+
+@_grid("searched")
+def searched(
+    schedule: Schedule,
+    steps: int,
+    path: str | None = None,
+    times: Mapping[Any, Sequence[float]] | None = None,
+    end: float | None = None,
+    zero: str | None = None,
+) -> list[float]:
+    """What `fewstep search-grid` wrote to `path`, or the same as a mapping `times` from steps to their N + 1 times.
+
+    It ends where it was searched to end; zero="replace" ends it at t_clean, zero="none" at `end` (t_min unless given)
+    where it was searched down to t_clean.
+    """
+    if (path is None) == (times is None) or not isinstance(path, str | None):
+        raise UserError("grid 'searched' takes path, a file that `fewstep search-grid` wrote, or times; give one.")
+    known = grid_files.read(path).for_schedule(schedule) if path is not None else grid_files.checked(times, schedule)
+    if steps not in known:
+        raise UserError(
+            f"grid 'searched' holds grids of {', '.join(map(str, sorted(known)))} steps and not of {steps}; "
+            f"search it with --steps {steps}."
+        )
+    values = list(known[steps])
+    if zero == "replace":
+        values[-1] = schedule.t_clean
+    elif zero == "none" and is_clean(schedule, values[-1]):
+        values[-1] = schedule.t_min if end is None else float(end)
+    elif zero not in (None, "none"):
+        raise choose("zero of grid 'searched',", zero, ("none", "replace"))
+    return values
+
+
+def portable(grid: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The grid without references to files: a searched grid with its times in it."""
+    if grid.get("name") == "searched" and grid.get("path") is not None:
+        known = grid_files.read(grid["path"]).grids
+        times = {str(steps): list(values) for steps, values in known.items()}
+        return {**{key: value for key, value in grid.items() if key != "path"}, "times": times}
+    return grid
 
 
 for _name, _function in (

@@ -125,7 +125,7 @@ def grid_times(name: str, schedule: Schedule, steps: int, grid: grids.Grid | Non
 def _shown(grid: grids.Grid | None, times: Sequence[float]) -> Any:
     if grid is None or isinstance(grid, str):
         return grid
-    return dict(grid) if isinstance(grid, Mapping) else list(times)
+    return dict(grids.portable(grid)) if isinstance(grid, Mapping) else list(times)
 
 
 def _per_step(guidance: float | Sequence[float | None] | None, steps: int) -> list[float | None]:
