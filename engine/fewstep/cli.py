@@ -158,9 +158,16 @@ def _solvers(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from fewstep.doctor import report
+    from fewstep import doctor
 
-    print(report())
+    print(doctor.report(), flush=True)
+    if arguments.self_test:
+        page, problems = doctor.self_test()
+        print(page)
+        if problems:
+            more = f" {len(problems) - 1} more checks failed." if len(problems) > 1 else ""
+            print(f"fewstep: {problems[0]}{more}", file=sys.stderr)
+            sys.exit(1)
 
 
 def _shown_path(path: str | None) -> str:
@@ -245,7 +252,10 @@ def _parser() -> argparse.ArgumentParser:
 
     add("methods", _methods, "list the distillation methods: name, idea, paper, file")
     add("solvers", _solvers, "list the solvers and time grids")
-    add("doctor", _doctor, "what this machine has: versions, backends of each operator, optional packages")
+    doctor = add("doctor", _doctor, "what this machine has: versions, each operator's backend, and whether they work")
+    doctor.add_argument(
+        "--no-self-test", dest="self_test", action="store_false", help="do not run the operators' self-test (seconds)"
+    )
     return parser
 
 

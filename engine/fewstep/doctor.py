@@ -6,10 +6,12 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import time
 
 import torch
 
 import fewstep_kernels
+from fewstep_kernels.self_test import ALLOWED, Check
 
 # distribution name -> (what it is for, how to install it)
 OPTIONAL = {
@@ -68,8 +70,30 @@ def _processor() -> str:
         return platform.processor() or "unknown"
 
 
+def self_test() -> tuple[str, list[str]]:
+    """(what `fewstep doctor` prints of the operators' self-test, one sentence for each check that failed)."""
+    start = time.perf_counter()
+    checks = fewstep_kernels.self_test()
+    seconds = time.perf_counter() - start
+    rows: dict[str, list[Check]] = {}
+    for check in checks:
+        rows.setdefault(check.operator, []).append(check)
+    several = len({check.device for check in checks}) > 1
+    lines = [
+        f"self-test in {seconds:.1f} s: largest error against float64, of the largest value ({ALLOWED:.0e} allowed)"
+    ]
+    for operator, found in rows.items():
+        cells = (
+            f"{check.backend}{' on ' + check.device if several else ''} "
+            + ("FAILED" if check.problem else f"{check.error:.1e}")
+            for check in found
+        )
+        lines.append(f"  {operator:20} {', '.join(cells)}")
+    return "\n".join(lines), [check.problem for check in checks if check.problem]
+
+
 def report() -> str:
-    """The page `fewstep doctor` prints."""
+    """The page `fewstep doctor` prints before the self-test."""
     lines = ["machine"]
     lines += [f"  {key:14} {value}" for key, value in machine().items()]
     lines += [f"  {'threads':14} {torch.get_num_threads()}", "versions"]
@@ -79,7 +103,7 @@ def report() -> str:
         lines.append(f"  {tool:14} {shutil.which(tool) or 'not found'}")
     lines.append("operators (override with FEWSTEP_KERNELS=reference|cpu|triton|cuda)")
     for row in fewstep_kernels.report():
-        lines.append(f"  {row['operator']:14} {row['backend']:10} {row['why']}")
+        lines.append(f"  {row['operator']:20} {row['backend']:10} {row['why']}")
     missing = [(name, *OPTIONAL[name]) for name in OPTIONAL if version_of(name) is None]
     if missing:
         lines.append("optional packages that are not installed")

@@ -14,6 +14,7 @@ from .lincomb import lincomb
 from .noise import normal, uniform
 from .norm_modulate import layer_norm_modulate, rms_norm_modulate
 from .optimizer import AdamWEma
+from .self_test import self_test
 from .threshold import threshold
 
 if backends.interpreting():
@@ -44,6 +45,7 @@ __all__ = [
     "report",
     "rms_norm_modulate",
     "scaled_dot_product_attention",
+    "self_test",
     "threshold",
     "uniform",
 ]

@@ -7,9 +7,11 @@ the device.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -32,16 +34,36 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "layer_norm_modulate": ("cpu", "triton"),
     "rms_norm_modulate": ("cpu", "triton"),
 }
+_asked: list[str] = []  # by `asking`, the innermost last
 _ON_GPU = dict.fromkeys(("ema_update", "multi_tensor_l2norm", "adamw_ema_step"), ("cuda",))
 
 
 @functools.cache
 def override() -> str | None:
     """The backend FEWSTEP_KERNELS asks for. Raises ValueError on another word."""
+    if _asked:
+        return _asked[-1]
     given = os.environ.get("FEWSTEP_KERNELS") or None
     if given is not None and given not in CHOICES:
         raise ValueError(f"FEWSTEP_KERNELS is {given!r}; it must be one of {', '.join(CHOICES)}, or unset.")
     return given
+
+
+@contextlib.contextmanager
+def asking(name: str) -> Iterator[None]:
+    """Inside, as if FEWSTEP_KERNELS were `name`, in every thread: for tests and measurements, not for use."""
+    _asked.append(name)
+    _forget()
+    try:
+        yield
+    finally:
+        _asked.pop()
+        _forget()
+
+
+def _forget() -> None:
+    override.cache_clear()
+    choose.cache_clear()
 
 
 def interpreting() -> bool:
@@ -88,6 +110,11 @@ def choose(operator: str, device: str) -> tuple[str, str]:
             return name, what + note
         reasons.append(missing)
     return "reference", "; ".join(reasons) + note
+
+
+def runs_on(name: str, device: str) -> bool:
+    """Whether a backend other than the reference can run on a device type here."""
+    return device in _devices(name) and not _missing(name)
 
 
 def backend(operator: str, device: torch.device | str) -> str:
