@@ -61,6 +61,8 @@ CASES = [
     ("dpmpp_2m_sde", 2, {"slope": "exact"}),
     ("dpmpp_2m_sde", 2, {"eta": 0.3}),
     ("dpmpp_2m_sde", 1, {"order": 1}),
+    ("dpmpp_2s", 1, {"strength": 1.0}),  # as published: the noise of the inner stage is not part of the step's
+    ("dpmpp_3s", 1, {"strength": 1.0}),
     ("dpmpp_3m_sde", 2, {}),
     ("dpmpp_3m_sde", 2, {"curvature": "half_weight"}),
     ("dpmpp_3m_sde", 1, {"curvature": "wrong_sign"}),  # as diffusers 0.42.1 has it
