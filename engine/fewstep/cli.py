@@ -117,6 +117,29 @@ def _serve(arguments: argparse.Namespace) -> None:
     serve.run(arguments.artefact, host=arguments.host, port=arguments.port)
 
 
+def _search_grid(arguments: argparse.Namespace) -> None:
+    from fewstep.evaluate.grid_search import search_grid, table
+
+    grid = search_grid(
+        arguments.teacher,
+        arguments.out,
+        cost=arguments.cost,
+        steps=arguments.steps,
+        nodes=arguments.nodes,
+        points=arguments.points,
+        samples=arguments.samples,
+        batch=arguments.batch,
+        growth=arguments.growth,
+        guidance=arguments.guidance,
+        solver=arguments.solver,
+        data=arguments.data,
+        seed=arguments.seed,
+        device=arguments.device,
+    )
+    print(table(grid))
+    print(f"{arguments.out}: use it as grid={{'name': 'searched', 'path': {arguments.out!r}}}")
+
+
 def _report(arguments: argparse.Namespace) -> None:
     from fewstep.evaluate.report import write_report
 
@@ -245,6 +268,24 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("artefact", nargs="?", default="runs/demo/student")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000)
+
+    searching = add("search-grid", _search_grid, "find the times at which to ask a teacher, by dynamic programming")
+    searching.add_argument("teacher", help="a teacher's artefact folder")
+    searching.add_argument("--cost", default="gits", help="gits, gits-l1, gits-l2, bound or analytic (default: gits)")
+    searching.add_argument("--steps", type=int, nargs="+", default=[2, 4, 6, 8, 10])
+    searching.add_argument(
+        "--out", default="grid.json", help="where the grids go; a search found there is not repeated"
+    )
+    searching.add_argument("--nodes", default=None, help="time grid the nodes are taken from (default: the schedule's)")
+    searching.add_argument("--points", type=int, default=60, help="steps between the nodes")
+    searching.add_argument("--samples", type=int, default=256)
+    searching.add_argument("--batch", type=int, default=64)
+    searching.add_argument("--growth", type=float, default=None, help="weight of what follows a step (gits: 1.15)")
+    searching.add_argument("--guidance", type=float, default=None, help="of the teacher that gits follows")
+    searching.add_argument("--solver", default="dpmpp_2m", help="how gits' teacher walks over the nodes")
+    searching.add_argument("--data", default=None, help="'digits' or a folder, for bound and analytic")
+    searching.add_argument("--seed", type=int, default=0)
+    searching.add_argument("--device", default="cpu")
 
     report = add("report", _report, "draw report.html from a results.json")
     report.add_argument("results", nargs="?", default="runs/demo/results.json")

@@ -134,6 +134,17 @@ def write(grid: SearchedGrid, path: str | os.PathLike[str]) -> None:
             os.unlink(temporary)
 
 
+def writable(path: str | os.PathLike[str]) -> None:
+    """Raises UserError where `write` could not write, so that a long search is not lost at its end."""
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {str(target)!r} ({error.strerror}); give a writable place.") from error
+
+
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(f"a searched grid holds finite numbers, and {value!r} is none.")
