@@ -19,6 +19,7 @@ from fewstep.diffusion import prediction as predictions
 from fewstep.diffusion import schedules
 from fewstep.errors import UserError, choose
 from fewstep.methods import OptimizerConfig
+from fewstep.nets.lora import Lora
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -72,7 +73,10 @@ class TrainConfig(_Section):
 
 
 class Recipe(_Section):
-    """One run. `teacher` (an artefact folder) for distillation, or `network`, `schedule`, `prediction` for training."""
+    """One run. `teacher` (an artefact folder) for distillation, or `network`, `schedule`, `prediction` for training.
+
+    adapters: low-rank adapters by network of the method, trained over the one teacher instead of copies of its weights.
+    """
 
     name: Annotated[str, Field(min_length=1)]
     seed: Annotated[int, Field(ge=0)] = 0
@@ -80,6 +84,7 @@ class Recipe(_Section):
     network: dict[str, Any] | None = None
     schedule: dict[str, Any] | None = None
     prediction: dict[str, Any] | None = None
+    adapters: dict[str, Lora] = {}
     data: DataConfig = DataConfig()
     method: dict[str, Any]
     train: TrainConfig = TrainConfig()
@@ -95,6 +100,8 @@ class Recipe(_Section):
             raise UserError(
                 f"{missing} is missing: give teacher (an artefact folder), or network, schedule and prediction."
             )
+        if self.teacher is None and self.adapters:
+            raise UserError(f"adapters.{min(self.adapters)} corrects a teacher and the recipe names none; set teacher.")
         if self.train.strategy == "single" and self.train.ranks > 1:
             raise UserError(
                 f"train.ranks {self.train.ranks} needs more than one process; set train.strategy to ddp or deepspeed."

@@ -24,8 +24,11 @@ CASES = {
     "zero2-dmd2": {},
     "zero3-consistency_distillation": {},
     "zero3-dmd2": {"accumulate": 2},
+    "ddp-adapted_dmd2": {},
+    "zero2-adapted_dmd2": {},
+    "zero3-adapted_dmd2": {"accumulate": 2},
 }
-RESUMED = ("zero2-dmd2", "zero3-dmd2")
+RESUMED = ("zero2-dmd2", "zero3-dmd2", "zero3-adapted_dmd2")
 
 
 def strategy(name):

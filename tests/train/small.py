@@ -14,8 +14,14 @@ from fewstep.methods import Batch
 METHODS = {
     "consistency_distillation": {"name": "consistency_distillation", "target_decay": 0.9, "nodes": 8},
     "dmd2": {"name": "dmd2", "critic_updates": 2, "steps": [1, 2]},
+    "adapted_dmd2": {"name": "dmd2", "critic_updates": 2, "steps": [1, 2]},
 }
-CLIPS = {"consistency_distillation": 0.05, "dmd2": 2e-4}  # below every gradient norm of the student in these runs
+ADAPTERS = {"adapted_dmd2": {"student": {"rank": 4}, "critic": {"rank": 2, "alpha": 4.0, "targets": ["0", "2"]}}}
+CLIPS = {
+    "consistency_distillation": 0.05,
+    "dmd2": 2e-4,
+    "adapted_dmd2": 2e-5,
+}  # below every gradient norm of the student in these runs
 
 
 def recipe(output: Path, method: dict | str = "consistency_distillation", **train) -> config.Recipe:
@@ -34,6 +40,7 @@ def recipe(output: Path, method: dict | str = "consistency_distillation", **trai
         "name": "small",
         "teacher": "given",
         "method": METHODS[method] if isinstance(method, str) else method,
+        "adapters": ADAPTERS.get(method, {}) if isinstance(method, str) else {},
         "data": {"batch_size": 16},
         "train": settings,
         "output": str(output),

@@ -251,3 +251,19 @@ def test_dropout_masks_do_not_depend_on_where_a_run_was_cut(tmp_path):
 def test_modules_are_plain_where_nothing_is_sharded(tmp_path):
     run = trainer(tmp_path, Toy)
     assert isinstance(run.method.student.module, nn.Module) and run.method.student.engine is None
+
+
+def test_an_adapted_student_is_saved_as_one_plain_network(tmp_path):
+    recipe = small.recipe(tmp_path, "adapted_dmd2", ema=None, updates=6, optimizer={"lr": 0.05})
+    given = small.teacher()
+    before = {name: value.clone() for name, value in given.state_dict().items()}
+    run = Trainer(recipe, teacher=given, loader=small.Digits())
+    run.run()
+    assert all(torch.equal(value, before[name]) for name, value in given.state_dict().items())
+    assert all("correction" in name for name, _ in run.modules["student"].named_parameters())
+    loaded = artefact.load(tmp_path).denoiser
+    x, t, cond = torch.randn(5, 1, 8, 8), torch.full((5,), 2.0), torch.arange(5)
+    with torch.no_grad():
+        mine, theirs = run.modules["student"](x, t, cond), loaded(x, t, cond)
+        assert (mine - given(x, t, cond)).abs().max() > 1e-2
+    torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-5)  # W + BA is rounded once to float32

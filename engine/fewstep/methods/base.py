@@ -21,6 +21,7 @@ from fewstep.diffusion.guidance import joined
 from fewstep.diffusion.linear import combine
 from fewstep.methods.batch import Batch, map_tensors
 from fewstep.methods.rng import Rng
+from fewstep.nets.lora import Lora
 from fewstep.nets.network import Network, Way
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ class NetworkSpec:
     inputs: what the module is called with, of x t s w steps z noise camera; "s" makes a two-time network.
     read_out: "denoiser", "skip" (identity at t_min), "jump" (G(x, t, s)), "plain" (the module as it is), or a callable
         (net, schedule, prediction) -> module.
-    adapter: a low-rank adapter trained instead of the weights.
+    adapter: low-rank corrections of the teacher, trained instead of a copy of its weights (start must be "teacher");
+        the recipe's `adapters` come before it.
     engine: networks trained by ONE loss share one engine and optimiser, named by the network that owns it; "": its own.
     average: an average of network `start`, never trained.
     optimizer: None for the recipe's.
@@ -72,7 +74,7 @@ class NetworkSpec:
     start: str | Callable[[Mapping[str, nn.Module]], nn.Module] = "teacher"
     inputs: tuple[str, ...] = ("x", "t")
     read_out: str | Callable[..., nn.Module] = "denoiser"
-    adapter: Any = None
+    adapter: Lora | None = None
     engine: str = ""
     average: Average | None = None
     optimizer: OptimizerConfig | None = None

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.errors import UserError, choose
+from fewstep.nets.lora import Adapted
 from fewstep_kernels import carrying_tangents
 
 Way = Literal["call", "fixed", "value"]
@@ -89,6 +90,11 @@ class Network:
         """The bare network inside the read-out; the module itself where there is no read-out."""
         inner = getattr(self.module, "net", self.module)
         return inner if isinstance(inner, nn.Module) else self.module
+
+    @property
+    def layers(self) -> nn.Module:
+        """The module whose submodules `features` taps: `net`, or the one it adapts."""
+        return self.net.base if isinstance(self.net, Adapted) else self.net
 
     def null(self, cond: Any) -> Any:
         """The null condition like `cond` (None when there is no condition)."""
@@ -158,7 +164,7 @@ class Network:
         Raises `UserError` for a name that is not a submodule. A submodule that runs twice gives its last output.
         """
         names = (at,) if isinstance(at, str) else tuple(at)
-        submodules = dict(self.net.named_modules())
+        submodules = dict(self.layers.named_modules())
         taps: dict[str, Tensor] = {}
         handles = []
         for name in names:

@@ -24,6 +24,7 @@ from fewstep.diffusion import schedules
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError, choose
 from fewstep.methods import Batch, Rng, TrainingStage, Update
+from fewstep.nets.lora import Adapted
 from fewstep.train import checkpoint, pairs
 from fewstep.train.checkpoint import Checkpoint
 from fewstep.train.ema import Average, Averages
@@ -34,7 +35,7 @@ from fewstep.train.strategies.single import Single
 
 SAMPLING = "sampling_average"  # the student's average that is sampled from and saved
 PLAN_STEPS = (1, 2, 4)
-FIXED_KEYS = ("seed", "network", "schedule", "prediction", "data.batch_size", "method.name")
+FIXED_KEYS = ("seed", "network", "schedule", "prediction", "data.batch_size", "method.name", "adapters")
 
 
 class Interrupted(SystemExit):
@@ -171,7 +172,7 @@ class Trainer:
         """Write the artefact of the method's result, its sampling average where the recipe keeps one."""
         name = SAMPLING if SAMPLING in self.modules else self.method.result
         module = self.modules[name]
-        state = self.strategy.gather(module)
+        state = self._whole_state(module)
         if self.strategy.leads:
             if not isinstance(module, Denoiser):
                 raise UserError(
@@ -241,7 +242,7 @@ class Trainer:
             method.schedule = schedules.from_dict(_scheduled(recipe.schedule))
             method.prediction = predictions.from_dict(recipe.prediction)
         network = (lambda: nets.build(recipe.network)) if recipe.network is not None else None
-        self.modules: dict[str, nn.Module] = methods.build(method, teacher, network)
+        self.modules: dict[str, nn.Module] = methods.build(method, teacher, network, recipe.adapters)
         self._averages = [
             Average(name, str(spec.start), spec.average.decay)
             for name, spec in method.networks.items()
@@ -426,6 +427,18 @@ class Trainer:
                 "the shape of an image is not known: the loader tells none and there is no teacher artefact."
             )
         return tuple(shape)
+
+    def _whole_state(self, module: nn.Module) -> dict[str, Tensor]:
+        """The module's state on the leading rank, an adapter merged into the teacher it corrects."""
+        state = self.strategy.gather(module)
+        net = getattr(module, "net", None)
+        if not isinstance(net, Adapted):
+            return state
+        base = self.strategy.gather(self.modules["teacher"])
+        if not self.strategy.leads:
+            return state
+        bare = [{name.removeprefix("net."): value for name, value in part.items()} for part in (base, state)]
+        return {f"net.{name}": value for name, value in net.merged(*bare).items()}
 
     def _changing(self) -> list[str]:
         """The networks whose weights a checkpoint must hold."""

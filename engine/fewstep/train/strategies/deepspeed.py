@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.methods import OptimizerConfig
+from fewstep.nets.lora import Adapted
 from fewstep.nets.network import Network, Way
 from fewstep.train.strategies.base import MOMENTS, Engine, Strategy
 from fewstep.train.strategies.ddp import Ddp
@@ -82,12 +83,14 @@ class ZeroNetwork(Network):
     ) -> tuple[Any, dict[str, Tensor]]:
         answer, taps = super().features(*inputs, at=at, way=way, **named)
         top = self.root if way == "call" and self.root is not None else self.module
-        return answer, {name: self._entered(top, self.net.get_submodule(name), tap) for name, tap in taps.items()}
+        return answer, {name: self._entered(top, self.layers.get_submodule(name), tap) for name, tap in taps.items()}
 
-    @staticmethod
-    def _entered(top: nn.Module, tapped: nn.Module, tap: Tensor) -> Tensor:
+    def _entered(self, top: nn.Module, tapped: nn.Module, tap: Tensor) -> Tensor:
         if tap.requires_grad:
-            around = [m for m in top.modules() if m is not tapped and any(inner is tapped for inner in m.modules())]
+            if self.layers is self.net:
+                around = _holding(top, tapped)
+            else:  # an adapter's base is outside its tree
+                around = [*_holding(top, self.net), self.net, *_holding(self.layers, tapped)]
             for module in reversed(around):
                 entrance: Any = getattr(module, "pre_bwd_fn", None)
                 if entrance is not None:
@@ -99,6 +102,11 @@ class ZeroNetwork(Network):
             "a tangent (forward mode) cannot be taken under train.zero_stage 3, whose hooks raise; "
             "set train.zero_stage to 1 or 2."
         )
+
+
+def _holding(root: nn.Module, part: nn.Module) -> list[nn.Module]:
+    """The modules of a tree that hold `part`, the root first."""
+    return [m for m in root.modules() if m is not part and any(inner is part for inner in m.modules())]
 
 
 class ZeroEngine(Engine):
@@ -115,9 +123,11 @@ class ZeroEngine(Engine):
         stage: int,
         configuration: Mapping[str, Any],
         deepspeed: Any,
+        frozen: Mapping[int, Any],
     ) -> None:
         super().__init__(name, networks, optimizers, clip, warmup)
         self.stage = stage
+        self.frozen = frozen  # the engines of frozen networks, under stage 3
         self.deepspeed = deepspeed
         self.zero, *_ = deepspeed.initialize(
             model=Roles(networks),
@@ -138,6 +148,9 @@ class ZeroEngine(Engine):
         for group, rate in zip(self.zero.optimizer.param_groups, self.learning_rates()):
             group["lr"] = rate
         self.zero.step()
+        if any(isinstance(getattr(network, "net", None), Adapted) for network in self.networks.values()):
+            for engine in self.frozen.values():  # layers of an adapter's base that no gradient left again stay gathered
+                engine.optimizer.partition_all_parameters()
         self.updates += 1
         return torch.as_tensor(self.zero.get_global_grad_norm())
 
@@ -253,6 +266,7 @@ class DeepSpeed(Ddp):
             stage=self.stage,
             configuration=configuration,
             deepspeed=self.deepspeed,
+            frozen=self._engines,
         )
         self._owners.append(engine)
         return engine
