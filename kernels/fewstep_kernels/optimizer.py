@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .adamw_ema import MOST_AVERAGES, adamw_ema_step
 from .decay_profiles import DecayProfile
-from .ema import element_origins
+from .ema import check_averages, element_origins
 from .l2norm import clip_coefficient, multi_tensor_l2norm
 
 
@@ -23,7 +23,8 @@ class AdamWEma(torch.optim.Optimizer):
     that receives a copy of it, or None. max_norm clips by the norm of all gradients. A step is skipped whole, on the
     device, when that norm is not finite (skip_nonfinite asks for this without clipping; it costs one more read of the
     gradients). Groups may hold `weight_decay_mask`, a bool for each parameter. Under a torch.amp.GradScaler gradients
-    are unscaled in the same pass.
+    are unscaled in the same pass. `follow` hands over averages that the caller holds, such as another module's
+    parameters.
 
     The state dict is torch.optim.AdamW's (exp_avg, exp_avg_sq, step), and each loads the other's; averages come along
     as average_0, average_1, ... and their number of updates as a group's `updates`.
@@ -59,15 +60,33 @@ class AdamWEma(torch.optim.Optimizer):
         if working is not None and len(working) != len(parameters):
             raise ValueError(f"AdamWEma got {len(working)} working copies for {len(parameters)} parameters.")
         self._working = {} if working is None else dict(zip(parameters, working))
+        self._followers: dict[int, list[Sequence[Tensor]]] = {}  # of each group, by its position
 
-    def _ready(self, parameter: Tensor) -> dict[str, Any]:
+    def follow(self, averages: Sequence[Sequence[Tensor]], decays: Sequence[float | Tensor], group: int = 0) -> None:
+        """Let `step` also average a group's parameters in tensors of the caller's, which no state dict holds.
+
+        averages: lists of tensors like the group's parameters, in their order, and a decay each. The decays lie in
+        `param_groups[group]["decays"]`, where the next ones may be put before each step as learning rates are. Raises
+        ValueError for a number or shapes that do not fit.
+        """
+        parameters = self.param_groups[group]["params"]
+        if len(averages) != len(decays) or len(self.profiles) + len(averages) > MOST_AVERAGES:
+            raise ValueError(
+                f"AdamWEma keeps at most {MOST_AVERAGES} averages, with a decay each; got {len(averages)} more and "
+                f"{len(decays)} decays beside {len(self.profiles)} profiles."
+            )
+        check_averages(averages, parameters)
+        self._followers[group] = [list(tensors) for tensors in averages]
+        self.param_groups[group]["decays"] = list(decays)
+
+    def _ready(self, parameter: Tensor, moments: bool = True) -> dict[str, Any]:
         """The parameter's state, made where it is missing; an average starts at the parameter's value now."""
-        state = self.state[parameter]
-        if "exp_avg" not in state:
+        state = self.state[parameter] if moments or self.profiles else {}
+        if moments and "exp_avg" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        elif state["step"].device != parameter.device:  # torch's AdamW keeps it on the host
+        elif moments and state["step"].device != parameter.device:  # torch's AdamW keeps it on the host
             state["step"] = state["step"].to(parameter.device)
         for k in range(len(self.profiles)):
             if f"average_{k}" not in state:
@@ -79,7 +98,7 @@ class AdamWEma(torch.optim.Optimizer):
         """The averages of one profile, one for each parameter in the groups' order: live tensors, not copies."""
         if not 0 <= profile < len(self.profiles):
             raise ValueError(f"profile must be in [0, {len(self.profiles)}); got {profile}.")
-        return [self._ready(p)[f"average_{profile}"] for group in self.param_groups for p in group["params"]]
+        return [self._ready(p, False)[f"average_{profile}"] for group in self.param_groups for p in group["params"]]
 
     def _scale_and_guard(self, gradients: list[Tensor], norm: Tensor | None) -> tuple[float | Tensor, Tensor | None]:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -108,17 +127,26 @@ class AdamWEma(torch.optim.Optimizer):
         given = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         scale, guard = self._scale_and_guard(given, norm)
         offset = 0
-        for group in self.param_groups:
+        for position, group in enumerate(self.param_groups):
             parameters = group["params"]
+            followers = self._followers.get(position, [])
             starts = [offset + start for start in element_origins(parameters)]
             offset += sum(-(-p.numel() // 8) * 8 for p in parameters)
-            # without an average, a parameter that has no gradient has no state either, as in torch's AdamW
-            kept = [i for i, p in enumerate(parameters) if p.grad is not None or self.profiles]
+            # without an average, a parameter that has no gradient has nothing to do here
+            kept = [i for i, p in enumerate(parameters) if p.grad is not None or self.profiles or followers]
             if kept:
-                self._step_group(group, kept, starts, scale, guard)
+                self._step_group(group, kept, starts, followers, scale, guard)
         return loss
 
-    def _step_group(self, group, kept: list[int], starts: list[int], scale, guard: Tensor | None) -> None:
+    def _step_group(
+        self,
+        group: dict[str, Any],
+        kept: list[int],
+        starts: list[int],
+        followers: list[Sequence[Tensor]],
+        scale: float | Tensor,
+        guard: Tensor | None,
+    ) -> None:
         parameters = [group["params"][i] for i in kept]
         device = parameters[0].device
         updates = group.get("updates")
@@ -127,7 +155,9 @@ class AdamWEma(torch.optim.Optimizer):
         if updates.device != device:
             updates = updates.to(device)
         group["updates"] = updates.add_(1.0 if guard is None else torch.isfinite(guard))
-        states = [self._ready(p) for p in parameters]
+        states = [self._ready(p, p.grad is not None) for p in parameters]
+        averages = [[state[f"average_{k}"] for state in states] for k in range(len(self.profiles))]
+        averages += [[tensors[i] for i in kept] for tensors in followers]
         lr, mask = group["lr"], group["weight_decay_mask"]
         decay = group["weight_decay"]
         if mask is not None and len(mask) != len(group["params"]):
@@ -135,17 +165,17 @@ class AdamWEma(torch.optim.Optimizer):
         adamw_ema_step(
             parameters,
             [p.grad for p in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["step"] for state in states],
+            [state.get("exp_avg") for state in states],
+            [state.get("exp_avg_sq") for state in states],
+            [state.get("step") for state in states],
             lr=lr.to(device) if isinstance(lr, Tensor) else lr,
             betas=group["betas"],
             epsilon=group["eps"],
             weight_decay=decay if mask is None else [decay if mask[i] else 0.0 for i in kept],
             gradient_scale=scale,
             guard=guard,
-            averages=[[state[f"average_{k}"] for state in states] for k in range(len(self.profiles))],
-            decays=[profile.at(updates) for profile in self.profiles],
+            averages=averages,
+            decays=[profile.at(updates) for profile in self.profiles] + (group["decays"] if followers else []),
             working=[self._working.get(p) for p in parameters] if self._working else None,
             seed=self.seed,
             update=updates,
@@ -161,9 +191,12 @@ class AdamWEma(torch.optim.Optimizer):
             for option in ("amsgrad", "maximize"):
                 if group.get(option):
                     raise ValueError(f"AdamWEma has no {option}; the state dict is of an optimiser that uses it.")
+        decays = [group.get("decays") for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
+        for group, saved, held in zip(self.param_groups, state_dict["param_groups"], decays):
             group.setdefault("weight_decay_mask", None)
+            if held is not None:
+                group["decays"] = held
             steps = []
             for parameter, number in zip(group["params"], saved["params"]):
                 state, given = self.state.get(parameter, {}), state_dict["state"].get(number, {})

@@ -41,7 +41,8 @@ class OptimizerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    name: Literal["adamw", "adam", "radam", "sgd"] = "adamw"
+    name: Literal["adamw", "torch_adamw", "adam", "radam", "sgd"] = "adamw"
+    """adamw moves the network's averages in the same pass; torch_adamw is torch's own, by the same formula."""
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

@@ -282,7 +282,7 @@ class Trainer:
             home = module if engine is not None else self.strategy.frozen(module)
             if name != SAMPLING:
                 setattr(self.method, name, self.strategy.network(home, engine.forward(name) if engine else None))
-        self.averages = Averages(self.strategy, self.modules, self._averages)
+        self.averages = Averages(self.strategy, self.modules, self._averages, self._engine_of)
 
     def _begin(self, index: int, stage: TrainingStage) -> None:
         """Enter a stage: copies, restarts and pairs, unless a checkpoint brought us into the middle of it."""
@@ -339,7 +339,7 @@ class Trainer:
             return False
         engine = self._engine_of[named]
         self._refuse_leaks(engine, waiting=False)
-        norm = engine.step()
+        norm = engine.step(self.averages.decays(engine.networks))
         self.means.add(f"gradient_norm/{engine.name}", norm)
         self._refuse_non_finite(engine, norm)
         for name in engine.networks:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.methods import OptimizerConfig
 from fewstep.nets.network import Network
+from fewstep_kernels import AdamWEma
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
@@ -45,8 +46,18 @@ class Engine(ABC):
         """Add the gradient of `loss`; `last` marks the last micro-batch before the step."""
 
     @abstractmethod
-    def step(self) -> Tensor:
-        """Clip, step, forget the gradients; the norm before clipping, on the device."""
+    def step(self, decays: Mapping[str, Sequence[float]] | None = None) -> Tensor:
+        """Clip, step, move the averages that follow, forget the gradients; the norm before clipping, on the device.
+
+        decays: of the averages of each network, in the order in which they follow.
+        """
+
+    def follow(self, network: str, averages: Sequence[Sequence[nn.Parameter]]) -> Sequence[int]:
+        """Let `step` move averages of a network of this engine; averages: their parameters, in the network's order.
+
+        Returns the positions of the parameters whose averages this engine does not move.
+        """
+        return range(len(averages[0]))
 
     @abstractmethod
     def has_gradients(self) -> bool:
@@ -85,10 +96,12 @@ class Engine(ABC):
             for name, module in self.networks.items()
         ]
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        """torch's fused optimiser of the engine's (first) configuration."""
+    def optimizer(self, clips: bool) -> torch.optim.Optimizer:
+        """The optimiser of the engine's (first) configuration: ours, which may clip as well, or torch's fused one."""
         name = next(iter(self.configs.values())).name
-        fused = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+        if name == "adamw":
+            return AdamWEma(self.groups(), max_norm=self.clip if clips else None, skip_nonfinite=clips)
+        fused = {"torch_adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
         if name in fused:
             return fused[name](self.groups(), fused=True)
         return torch.optim.RAdam(self.groups(), foreach=True)

@@ -6,7 +6,7 @@ while a method calls a network several times, nested, and in two ways. Hooks on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,13 +66,13 @@ class DdpEngine(LocalEngine):
         loss.backward()
         self._armed = False
 
-    def step(self) -> Tensor:
+    def step(self, decays: Mapping[str, Sequence[float]] | None = None) -> Tensor:
         for bucket in self._buckets[self._next :]:
             bucket.send()
         for bucket in self._buckets:
             bucket.receive(dist.get_world_size())
         self._next = 0
-        return super().step()
+        return super().step(decays)
 
     def _arrived(self, parameter: nn.Parameter) -> None:
         if not self._armed:

@@ -110,7 +110,11 @@ def _holding(root: nn.Module, part: nn.Module) -> list[nn.Module]:
 
 
 class ZeroEngine(Engine):
-    """One DeepSpeed engine over all networks trained by one loss."""
+    """One DeepSpeed engine over all networks trained by one loss.
+
+    Averages do not move within its step (`follow` is not met): the optimiser sees flat float32 pieces cut across
+    parameters, while stages 1 and 2 keep averages whole and stage 3 cuts them parameter by parameter.
+    """
 
     def __init__(
         self,
@@ -131,7 +135,7 @@ class ZeroEngine(Engine):
         self.deepspeed = deepspeed
         self.zero, *_ = deepspeed.initialize(
             model=Roles(networks),
-            optimizer=self.optimizer(),
+            optimizer=self.optimizer(clips=False),
             config={**configuration, "gradient_clipping": clip or 0.0},
             dist_init_required=False,
         )
@@ -144,7 +148,7 @@ class ZeroEngine(Engine):
         self.zero.set_gradient_accumulation_boundary(last)
         self.zero.backward(loss, scale_wrt_gas=False)
 
-    def step(self) -> Tensor:
+    def step(self, decays: Mapping[str, Sequence[float]] | None = None) -> Tensor:
         for group, rate in zip(self.zero.optimizer.param_groups, self.learning_rates()):
             group["lr"] = rate
         self.zero.step()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -10,20 +11,35 @@ from torch import Tensor, nn
 
 from fewstep.methods import OptimizerConfig
 from fewstep.train.strategies.base import MOMENTS, Engine, Strategy, norm_of
+from fewstep_kernels import AdamWEma
+from fewstep_kernels.adamw_ema import MOST_AVERAGES
 
 
 class LocalEngine(Engine):
     """Whole parameters and whole optimiser states in this process.
 
-    The clip factor and the flag of a non-finite norm go into torch's fused optimiser as its gradient scale and
-    `found_inf`, so that a step takes no extra pass and never waits for the device: a non-finite norm leaves weights and
-    state untouched.
+    AdamWEma clips, steps and moves the averages in one pass. torch's fused optimisers get the clip factor and the flag
+    of a non-finite norm as their gradient scale and `found_inf`. Neither waits for the device: a non-finite norm leaves
+    weights and state untouched.
     """
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.torch_optimizer: Any = self.optimizer()  # has grad_scale and found_inf, which its type does not tell
+        self.torch_optimizer: Any = self.optimizer(
+            clips=True
+        )  # has grad_scale and found_inf, which its type does not tell
         self._trained = [p for group in self.torch_optimizer.param_groups for p in group["params"]]
+        self._following: set[str] = set()
+
+    def follow(self, network: str, averages: Sequence[Sequence[nn.Parameter]]) -> Sequence[int]:
+        optimizer = self.torch_optimizer
+        if not isinstance(optimizer, AdamWEma) or len(averages) > MOST_AVERAGES:
+            return super().follow(network, averages)
+        trained = [p.requires_grad for p in self.networks[network].parameters()]
+        lists = [list(compress(parameters, trained)) for parameters in averages]
+        optimizer.follow(lists, [1.0] * len(lists), list(self.networks).index(network))
+        self._following.add(network)
+        return [i for i, ours in enumerate(trained) if not ours]
 
     def forward(self, network: str) -> Callable[..., Any] | None:
         return None
@@ -31,10 +47,22 @@ class LocalEngine(Engine):
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
 
-    def step(self) -> Tensor:
-        norm = norm_of([p.grad for p in self._trained if p.grad is not None], self._trained[0].device)
-        for group, rate in zip(self.torch_optimizer.param_groups, self.learning_rates()):
+    def step(self, decays: Mapping[str, Sequence[float]] | None = None) -> Tensor:
+        for name, group, rate in zip(self.networks, self.torch_optimizer.param_groups, self.learning_rates()):
             group["lr"] = rate
+            if name in self._following:
+                group["decays"] = list((decays or {})[name])
+        norm = self._step()
+        self.torch_optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        return norm
+
+    def _step(self) -> Tensor:
+        if isinstance(self.torch_optimizer, AdamWEma):
+            self.torch_optimizer.step()
+            norm = self.torch_optimizer.norm
+            return torch.zeros((), device=self._trained[0].device) if norm is None else norm
+        norm = norm_of([p.grad for p in self._trained if p.grad is not None], self._trained[0].device)
         if getattr(self.torch_optimizer, "_step_supports_amp_scaling", False):
             scale = ((norm + 1e-6) / self.clip).clamp_min(1.0) if self.clip else torch.ones_like(norm)
             self.torch_optimizer.grad_scale = scale.float()
@@ -44,8 +72,6 @@ class LocalEngine(Engine):
             if self.clip:
                 torch.nn.utils.clip_grads_with_norm_(self._trained, self.clip, norm)
             self.torch_optimizer.step()
-        self.torch_optimizer.zero_grad(set_to_none=True)
-        self.updates += 1
         return norm
 
     def has_gradients(self) -> bool:
