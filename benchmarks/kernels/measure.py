@@ -1,5 +1,5 @@
-"""How the operator benchmarks measure: interleaved rounds, medians, a copy of the same bytes as floor, one JSON per
-script.
+"""How the operator benchmarks measure: interleaved rounds, medians, a copy of the same bytes as floor, one JSON and one
+plot per script.
 
 Candidates take turns within a round, so a busy neighbour slows all of them alike; ratios are medians of per-round
 ratios.
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import plot
 import torch
 
 from fewstep import doctor
@@ -65,25 +66,42 @@ def summary(seconds: dict[str, list[float]], ours: str, floor: str, moved_bytes:
     rows = {}
     for name, times in seconds.items():
         median = statistics.median(times)
+        of_floor = statistics.median(t / f for t, f in zip(times, seconds[floor]))
         rows[name] = {
-            "milliseconds": round(median * 1e3, 4),
+            "milliseconds": round(median * 1e3, 5),
             "gigabytes_per_second": round(moved_bytes / median / 1e9, 2),
-            "times_floor": round(statistics.median(t / f for t, f in zip(times, seconds[floor])), 3),
+            "times_floor": round(of_floor, 3),
+            "percent_of_floor": round(100 / of_floor, 1),
             "times_ours": round(statistics.median(t / o for t, o in zip(times, seconds[ours])), 3),
         }
     return rows
 
 
-def publish(name: str, cases: list[dict]) -> None:
-    """Print a table of the cases and write them to benchmarks/results/<name>.json with machine and versions."""
+def working_set(case: dict) -> int:
+    """Bytes of all tensors a case touches: what the script says, else what it moves, where nothing moves twice."""
+    return case.get("working_set_bytes", case["moved_bytes"])
+
+
+def described(case: dict) -> str:
+    """What is moved, before the numbers."""
+    mebibytes = [size / 2**20 for size in (case["moved_bytes"], working_set(case))]
+    return (
+        f"{case['case']}: {mebibytes[0]:.1f} MiB moved, read:write {case['read_to_write']}, "
+        f"working set {mebibytes[1]:.1f} MiB"
+    )
+
+
+def publish(name: str, cases: list[dict], device: str = "cpu", folder: Path = RESULTS) -> None:
+    """Print a table of the cases; write them to <folder>/<name>.json with machine and versions, and their plot."""
     for case in cases:
-        print(f"\n{case['case']}: {case['moved_bytes'] / 2**20:.1f} MiB moved, read:write {case['read_to_write']}")
+        print(f"\n{described(case)}")
         for row, values in case["results"].items():
             columns = "".join(f"{key.replace('_', ' ')} {value:<10}" for key, value in values.items())
             print(f"  {row:28}{columns}")
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     record = {
         "benchmark": name,
+        "device": device,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": doctor.machine(),
         "versions": doctor.versions(),
@@ -91,6 +109,7 @@ def publish(name: str, cases: list[dict]) -> None:
         "load_average": round(os.getloadavg()[0], 2),
         "cases": cases,
     }
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"\nwritten to {path}")
+    path.with_suffix(".svg").write_text(plot.draw(record), encoding="utf-8")
+    print(f"\nwritten to {path} and {path.with_suffix('.svg').name}")
