@@ -126,6 +126,39 @@ def test_a_power_average_is_the_mean_its_weights_say():
     close(optimizer.averages(), [t / 10 for t in total])
 
 
+def test_averages_of_the_callers_follow_by_the_decays_of_their_group():
+    ps = parameters()
+    optimizer = AdamWEma(groups(ps), profiles=[Constant(0.9)], average_dtype=None)
+    held = [[p.detach().clone() for p in ps[3:]] for _ in range(2)]
+    expected = [[p.detach().clone() for p in ps[3:]] for _ in range(2)]
+    optimizer.follow(held, [1.0, 1.0], group=1)
+    for step in range(6):
+        gradients(step, ps, missing=sometimes)
+        decays = [0.5, 1.0 - 1.0 / (step + 1)]
+        optimizer.param_groups[1]["decays"] = decays
+        if step == 3:
+            optimizer.load_state_dict(copy.deepcopy(torch_like(optimizer.state_dict())))
+        optimizer.step()
+        ema_update(expected, [p.detach() for p in ps[3:]], decays)
+    assert all(torch.equal(a, b) for x, y in zip(held, expected) for a, b in zip(x, y))
+    assert not any(name.startswith("average_1") for state in optimizer.state_dict()["state"].values() for name in state)
+
+
+def torch_like(saved):
+    """A state dict as torch's AdamW leaves it: no decays among its groups."""
+    return {**saved, "param_groups": [{k: v for k, v in g.items() if k != "decays"} for g in saved["param_groups"]]}
+
+
+def test_a_parameter_that_never_had_a_gradient_has_averages_but_no_moments():
+    ps = parameters()
+    optimizer = AdamWEma(ps, profiles=[Constant(0.9)])
+    optimizer.follow([[p.detach().clone() for p in ps]], [0.5])
+    gradients(0, ps, missing=lambda step, i: i == 1)
+    optimizer.step()
+    assert set(optimizer.state[ps[1]]) == {"average_0"}
+    assert set(optimizer.state[ps[0]]) == {"average_0", "exp_avg", "exp_avg_sq", "step"}
+
+
 @pytest.mark.parametrize("scale", (1e-3, 10.0))
 def test_clipping_is_torchs(scale):
     ours, theirs = parameters(), parameters()
@@ -214,6 +247,8 @@ def test_parameters_without_gradients_need_no_state_and_closures_run():
         (lambda: AdamWEma(parameters(), profiles=[Constant(0.9)] * 5), "at most 4 averages; got 5"),
         (lambda: AdamWEma(parameters(), max_norm=0.0), "max_norm must be positive"),
         (lambda: AdamWEma(parameters(), working=[None]), "1 working copies for 5"),
+        (lambda: AdamWEma(parameters()).follow([parameters()], []), "got 1 more and 0 decays beside 0 profiles"),
+        (lambda: AdamWEma(parameters()).follow([parameters()[:1]], [0.5]), "got 1 averages for 5 parameters"),
         (lambda: AdamWEma(parameters()).averages(), r"profile must be in \[0, 0\)"),
         (
             lambda: AdamWEma(parameters()).load_state_dict(torch.optim.AdamW(parameters(), amsgrad=True).state_dict()),

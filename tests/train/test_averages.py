@@ -20,7 +20,7 @@ DECAYS = (0.9, 0.99, 0.5)
 class Run:
     """A network with three averages, warmed up and not, and a head without any, in one engine."""
 
-    def __init__(self, optimizer="adamw", clip=0.05, averages=len(DECAYS), freeze=False):
+    def __init__(self, optimizer="adamw", clip=0.05, averages=3, freeze=False):
         torch.manual_seed(1)
         strategy = Single(torch.device("cpu"))
         self.net, self.head = MLP(4, width=16, depth=1), nn.Linear(4, 3)
