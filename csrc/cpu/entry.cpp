@@ -1,7 +1,9 @@
 /* The exported CPU functions: argument checks, threads, and the choice of instruction set. */
 #include "chunk.h"
+#include "overlap.h"
 #include "team.h"
 #include <algorithm>
+#include <memory>
 #include <stdlib.h>
 #include <string.h>
 #include <vector>
@@ -44,11 +46,21 @@ template <class T>
 void run_lincomb(int64_t inputs, int64_t outputs, int64_t batch, int64_t count, const fewstep_tensor *tensors,
                  const fewstep_coefficients &coefficients, const int64_t *seeds, int64_t stream, int64_t threads) {
     const int64_t columns = inputs + (seeds != nullptr), chunks = (count + CHUNK - 1) / CHUNK;
+    int64_t rooms = seeds != nullptr; /* chunks of scratch: for noise, inputs and outputs that are not T where they lie */
+    bool aside = outputs > 4;
+    for (int64_t i = 0; i < inputs + outputs; ++i) {
+        if (item_size(tensors[i].dtype) != (int64_t)sizeof(T)) {
+            rooms += i < inputs;
+            aside |= i >= inputs;
+        }
+    }
+    if (aside) rooms += outputs;
     share(batch * chunks, team(batch * count, threads), [&](int64_t first, int64_t last) {
-        std::vector<T> table(outputs * columns), scratch((inputs + 1 + outputs) * CHUNK);
+        std::vector<T> table(outputs * columns);
+        const std::unique_ptr<T[]> scratch(new T[rooms * CHUNK]);
         LincombChunk chunk;
         chunk.inputs = inputs, chunk.outputs = outputs;
-        chunk.coefficients = table.data(), chunk.scratch = scratch.data();
+        chunk.coefficients = table.data(), chunk.scratch = scratch.get();
         chunk.noise = seeds != nullptr, chunk.stream = (uint32_t)stream;
         int64_t sample = -1;
         for (int64_t i = first; i < last; ++i) {
@@ -91,18 +103,20 @@ int draw(Draw function, const int64_t *seeds, int64_t batch, int64_t count, int6
 
 } // namespace
 
-int fewstep_cpu_lincomb(int64_t inputs, int64_t outputs, int64_t batch, int64_t count, const fewstep_tensor *tensors,
-                        const fewstep_coefficients *coefficients, const int64_t *seeds, int64_t stream, int64_t threads) {
+int fewstep_cpu_lincomb(const fewstep_lincomb *job, int64_t threads) {
+    const int64_t inputs = job->inputs, outputs = job->outputs, batch = job->batch, count = job->count, stream = job->noise_stream;
     if (inputs < 1 || inputs > MOST_INPUTS || outputs < 1 || outputs > MOST_OUTPUTS || batch < 0 || count < 0) return 1;
     if (stream < 0 || stream > UINT32_MAX) return 1;
-    if (coefficients->dtype != FEWSTEP_FLOAT32 && coefficients->dtype != FEWSTEP_FLOAT64) return 1;
+    if (job->coefficients.dtype != FEWSTEP_FLOAT32 && job->coefficients.dtype != FEWSTEP_FLOAT64) return 1;
+    const fewstep_tensor *tensors = job->tensors;
     bool wide = false;
     for (int64_t i = 0; i < inputs + outputs; ++i) {
         if (!known(tensors[i].dtype)) return 1;
         wide |= i < inputs && tensors[i].dtype == FEWSTEP_FLOAT64;
     }
-    if (wide) run_lincomb<double>(inputs, outputs, batch, count, tensors, *coefficients, seeds, stream, threads);
-    else run_lincomb<float>(inputs, outputs, batch, count, tensors, *coefficients, seeds, stream, threads);
+    if (fewstep_overlaps(*job)) return 2;
+    if (wide) run_lincomb<double>(inputs, outputs, batch, count, tensors, job->coefficients, (const int64_t *)job->seeds, stream, threads);
+    else run_lincomb<float>(inputs, outputs, batch, count, tensors, job->coefficients, (const int64_t *)job->seeds, stream, threads);
     return 0;
 }
 

@@ -1,6 +1,7 @@
 /* lincomb and the random numbers on a GPU without Triton's host path. Compiled for sm_80, sm_90 and sm_100; NOT YET RUN on a GPU.
  * Compile with --fmad=false: products and sums round separately and the noise has the CPU's bits. */
 #include "element.cuh"
+#include "overlap.h"
 #include "philox.h"
 
 namespace {
@@ -110,13 +111,16 @@ void launch(int64_t outputs, unsigned grid, cudaStream_t stream, const Arguments
 
 } // namespace
 
-int fewstep_cuda_lincomb(int64_t inputs, int64_t outputs, int64_t batch, int64_t count, const fewstep_tensor *tensors,
-                         const fewstep_coefficients *coefficients, const int64_t *seeds, int64_t noise_stream, void *stream) {
+int fewstep_cuda_lincomb(const fewstep_lincomb *job, void *stream) {
+    const int64_t inputs = job->inputs, outputs = job->outputs, batch = job->batch, count = job->count, noise_stream = job->noise_stream;
+    const int64_t *const seeds = (const int64_t *)job->seeds;
+    const fewstep_tensor *const tensors = job->tensors;
     if (inputs < 1 || inputs > MOST_INPUTS || outputs < 1 || outputs > MOST_OUTPUTS || batch < 0 || count < 0) return 1;
     if (noise_stream < 0 || noise_stream > UINT32_MAX) return 1;
-    if (coefficients->dtype != FEWSTEP_FLOAT32 && coefficients->dtype != FEWSTEP_FLOAT64) return 1;
+    if (job->coefficients.dtype != FEWSTEP_FLOAT32 && job->coefficients.dtype != FEWSTEP_FLOAT64) return 1;
+    if (fewstep_overlaps(*job)) return 2;
     Arguments a{};
-    a.coefficients = *coefficients, a.seeds = seeds, a.count = count, a.inputs = (int)inputs, a.stream = (uint32_t)noise_stream;
+    a.coefficients = job->coefficients, a.seeds = seeds, a.count = count, a.inputs = (int)inputs, a.stream = (uint32_t)noise_stream;
     a.blocks = (count + THREADS * EIGHT - 1) / (THREADS * EIGHT);
     a.vector = true;
     bool wide = false;

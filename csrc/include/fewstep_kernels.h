@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define FEWSTEP_ABI 2
+#define FEWSTEP_ABI 3
 
 #pragma GCC visibility push(default)
 #ifdef __cplusplus
@@ -42,9 +42,17 @@ typedef struct {
 
 /* out[m][b] = sum_k c[b][m][k] in[k][b], tensors = the inputs, then the outputs. With seeds (int64 [batch]) the coefficients have
  * one more column, for standard normal noise. Accumulates in float64 when an input is float64, else in float32; products and sums round
- * separately, in the order of the inputs. An output may be an input (same address, stride and dtype), never overlap one otherwise. */
-int fewstep_cpu_lincomb(int64_t inputs, int64_t outputs, int64_t batch, int64_t count, const fewstep_tensor *tensors,
-                        const fewstep_coefficients *coefficients, const int64_t *seeds, int64_t stream, int64_t threads);
+ * separately, in the order of the inputs. An output may be an input (same address, stride and dtype); 2, and nothing written, where one
+ * overlaps an input otherwise, another output, or itself. One table of int64, so that the call costs the host as little as may be. */
+typedef struct {
+    int64_t inputs, outputs, batch, count;
+    int64_t seeds; /* address, or 0 */
+    int64_t noise_stream;
+    fewstep_coefficients coefficients;
+    fewstep_tensor tensors[1]; /* inputs + outputs of them */
+} fewstep_lincomb;
+
+int fewstep_cpu_lincomb(const fewstep_lincomb *job, int64_t threads);
 
 /* out [batch, count], contiguous: Philox4x32-10 keyed by seeds[b], counter (element / 4, stream). */
 int fewstep_cpu_normal(const int64_t *seeds, int64_t batch, int64_t count, int64_t stream, void *out, int64_t dtype, int64_t threads);
@@ -118,8 +126,7 @@ int fewstep_cpu_abi(void);
 
 /* The same on a CUDA device: every pointer inside tensors and coefficients is a device address; tables are read on the host.
  * Launched on stream; nothing synchronises. Noise as on the CPU. lincomb takes at most 16 inputs and 4 outputs. */
-int fewstep_cuda_lincomb(int64_t inputs, int64_t outputs, int64_t batch, int64_t count, const fewstep_tensor *tensors,
-                         const fewstep_coefficients *coefficients, const int64_t *seeds, int64_t noise_stream, void *stream);
+int fewstep_cuda_lincomb(const fewstep_lincomb *job, void *stream);
 int fewstep_cuda_normal(const int64_t *seeds, int64_t batch, int64_t count, int64_t noise_stream, void *out, int64_t dtype, void *stream);
 int fewstep_cuda_uniform(const int64_t *seeds, int64_t batch, int64_t count, int64_t noise_stream, void *out, int64_t dtype, void *stream);
 int fewstep_cuda_ema_update(int64_t tensors, int64_t profiles, const int64_t *table, const fewstep_scalar *decays, const int64_t *seed,

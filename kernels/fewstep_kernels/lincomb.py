@@ -18,22 +18,10 @@ from torch import Tensor
 
 from . import backends, layout, native, registration
 from .inner_products import inner_products
+from .lincomb_kernels import MOST, direct, launch
 from .noise import check_seeds, draw, normal, normal_reference
 
-try:
-    import triton
-    import triton.language as tl
-
-    from .noise import triton_normal
-except ImportError:
-    triton = None
-
 _FLOATS = tuple(native.DTYPES)  # in the order of their codes
-MOST = {
-    "cpu": (64, 64),
-    "cuda": (16, 4),
-    "triton": (32, 16),
-}  # inputs and outputs a backend takes; beyond, the reference
 
 
 def _wide(inputs: Sequence[Tensor]) -> torch.dtype:
@@ -67,96 +55,6 @@ def reference(
     return outputs
 
 
-if triton is not None:
-
-    @triton.jit
-    def lincomb_kernel(
-        inputs,  # K pointers
-        outputs,  # M pointers
-        input_strides,  # K batch strides, in elements
-        output_strides,  # M
-        coefficients,
-        batch_stride,
-        row_stride,
-        column_stride,
-        seeds,
-        stream,
-        count,  # elements in a sample
-        blocks,  # cdiv(count, BLOCK)
-        WIDE: tl.constexpr,
-        NOISE: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        K: tl.constexpr = len(inputs)
-        M: tl.constexpr = len(outputs)
-        b = (tl.program_id(0) // blocks).to(tl.int64)
-        start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-        offsets = start + tl.arange(0, BLOCK)
-        inside = offsets < count
-        table = coefficients + b * batch_stride
-        totals = ()
-        for k in tl.static_range(K + NOISE):
-            if k < K:
-                # float32 first: the interpreter knows no other way out of bfloat16
-                x = tl.load(inputs[k] + b * input_strides[k] + offsets, mask=inside)
-                x = x.to(WIDE) if x.dtype == tl.float64 else x.to(tl.float32).to(WIDE)
-            else:
-                x = triton_normal(tl.load(seeds + b), stream, start // 4, BLOCK).to(WIDE)
-            sums = ()
-            for m in tl.static_range(M):
-                term = tl.load(table + m * row_stride + k * column_stride).to(WIDE) * x
-                sums = sums + (term if k == 0 else totals[m] + term,)  # type: ignore[assignment]  # noqa: RUF005
-            totals = sums
-        for m in tl.static_range(M):
-            target = outputs[m] + b * output_strides[m] + offsets
-            kind = target.dtype.element_ty
-            tl.store(target, totals[m] if kind == tl.float64 else totals[m].to(tl.float32).to(kind), mask=inside)
-
-
-def _call_triton(inputs, outputs, coefficients, seeds, stream) -> None:
-    batch, count = inputs[0].shape[0], math.prod(inputs[0].shape[1:])
-    block = min(1024, max(16, triton.next_power_of_2(count)))
-    blocks = triton.cdiv(count, block)
-    wide = tl.float64 if _wide(inputs) == torch.float64 else tl.float32
-    table = coefficients.stride()
-    with torch.cuda.device_of(inputs[0]):
-        lincomb_kernel[(batch * blocks,)](
-            tuple(inputs),
-            tuple(outputs),
-            tuple(x.stride(0) for x in inputs),
-            tuple(y.stride(0) for y in outputs),
-            coefficients,
-            table[0] if coefficients.ndim == 3 else 0,
-            table[-2],
-            table[-1],
-            seeds if seeds is not None else coefficients,
-            stream,
-            count,
-            blocks,
-            WIDE=wide,
-            NOISE=seeds is not None,
-            BLOCK=block,
-            num_warps=4,
-            enable_fp_fusion=False,  # products and sums round separately, as in the reference
-        )
-
-
-def _call_c(inputs, outputs, coefficients, seeds, stream) -> None:
-    first = inputs[0]
-    values: list[int] = []
-    for x in (*inputs, *outputs):
-        values += (x.data_ptr(), x.stride(0), native.DTYPES[x.dtype])
-    strides = coefficients.stride()
-    batch_stride = strides[0] if coefficients.ndim == 3 else 0
-    tensors = native.table(values)
-    table = native.table(
-        [coefficients.data_ptr(), batch_stride, strides[-2], strides[-1], native.DTYPES[coefficients.dtype]]
-    )
-    count = first.numel() // first.shape[0]
-    keys = None if seeds is None else seeds.data_ptr()
-    native.call("lincomb", first, len(inputs), len(outputs), first.shape[0], count, tensors, table, keys, stream)
-
-
 def _fill(
     inputs: Sequence[Tensor], coefficients: Tensor, seeds: Tensor | None, stream: int, outputs: Sequence[Tensor]
 ) -> None:
@@ -179,7 +77,7 @@ def _fill(
             seeds = None
     if coefficients.dtype not in (torch.float32, torch.float64):
         coefficients = coefficients.float()
-    (_call_triton if backend == "triton" else _call_c)(read, write, coefficients, seeds, stream)
+    launch(backend, read, write, coefficients, seeds, stream)
     for y, written in zip(outputs, write):
         if written is not y:
             y.copy_(written)
@@ -322,6 +220,9 @@ def _check(inputs, coefficients, noise_seeds, noise_stream, out, dtypes) -> None
             raise ValueError(f"lincomb takes inputs of one shape [B, ...]; got {[list(x.shape) for x in inputs]}.")
     if not isinstance(coefficients, Tensor) or not coefficients.is_floating_point():
         raise TypeError("lincomb takes its coefficients as a floating-point tensor [M, K] or [B, M, K].")
+    for x in (*inputs, coefficients):
+        if x.device != first.device:
+            raise ValueError(f"lincomb takes tensors of one device; got {first.device} and {x.device}.")
     columns = len(inputs) + (noise_seeds is not None)
     batch = first.shape[0]
     if coefficients.ndim not in (2, 3) or coefficients.shape[-1] != columns:
@@ -337,6 +238,8 @@ def _check(inputs, coefficients, noise_seeds, noise_stream, out, dtypes) -> None
         check_seeds(noise_seeds, noise_stream)
         if noise_seeds.shape[0] != batch:
             raise ValueError(f"noise_seeds must hold one seed for each of {batch} samples; got {len(noise_seeds)}.")
+        if noise_seeds.device != first.device:
+            raise ValueError(f"lincomb takes tensors of one device; got {first.device} and {noise_seeds.device}.")
     if dtypes is not None and (len(dtypes) != rows or any(d not in _FLOATS for d in dtypes)):
         raise ValueError(f"dtypes must name one floating-point dtype for each of {rows} outputs; got {list(dtypes)}.")
     if out is not None and (len(out) != rows or any(o.shape != first.shape or o.dtype not in _FLOATS for o in out)):
@@ -361,6 +264,12 @@ def lincomb(
     inputs' promoted dtype). Differentiable in inputs and coefficients, forward and reverse. Raises TypeError/ValueError
     naming what does not fit.
     """
+    if registration.quiet():
+        written = direct(inputs, coefficients, noise_seeds, noise_stream, out, dtypes)
+        if written is not None:
+            if out is not None:
+                torch.autograd.graph.increment_version(written)
+            return written
     _check(inputs, coefficients, noise_seeds, noise_stream, out, dtypes)
     if out is not None:
         dtypes = [y.dtype for y in out]
@@ -377,6 +286,7 @@ def lincomb(
         return tuple(outputs if out is None else out)
     if out is not None:
         _raw_out(list(inputs), coefficients, noise_seeds, noise_stream, list(out))
+        torch.autograd.graph.increment_version(out)
         return tuple(out)
     if registration.differentiating((*inputs, coefficients)):
         return _differentiable()(coefficients, noise_seeds, noise_stream, tuple(dtypes), *inputs)

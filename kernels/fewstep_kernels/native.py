@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 2
+ABI = 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 SCALAR_DTYPES = {torch.float32: 0, torch.float64: 3, torch.int64: 4}
 _int, _double, _pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _SIGNATURES: dict[str, list[Any]] = {
-    "lincomb": [_int, _int, _int, _int, _pointer, _pointer, _pointer, _int],
+    "lincomb": [_pointer],
     "normal": [_pointer, _int, _int, _int, _pointer, _int],
     "uniform": [_pointer, _int, _int, _int, _pointer, _int],
     "ema_update": [_int, _int, _pointer, _pointer, _pointer, _pointer],
@@ -30,6 +32,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "normalise_backward": [_pointer],
     "normalise_tangent": [_pointer],
 }
+_HERE = contextlib.nullcontext()
 _ON_CUDA = ("lincomb", "normal", "uniform", "ema_update", "multi_tensor_l2norm", "adamw_ema_step")
 
 
@@ -74,17 +77,35 @@ def cuda() -> Library:
     return Library("cuda", ctypes.PyDLL, _pointer, _ON_CUDA)
 
 
-def call(name: str, tensor: Tensor, *arguments: object) -> None:
-    """Call an operator in the library for the tensor's device; the last argument is its threads or current stream."""
-    if tensor.device.type == "cuda":
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Makes a GPU tensor's device the current one, where it is not."""
+    index = tensor.get_device()
+    if index < 0 or index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(index)
+
+
+def run(name: str, tensor: Tensor, *arguments: object) -> int:
+    """The code an operator of the library for the tensor's device answers with.
+
+    Its last argument, which this adds, is the threads to use or the current stream.
+    """
+    if tensor.is_cuda:
         # Not yet run on a GPU: compiled and tested for its host side only.
-        with torch.cuda.device(tensor.device):
-            stream = torch._C._cuda_getCurrentRawStream(tensor.device.index)
-            code = cuda().functions[name](*arguments, stream)
-    else:
-        code = cpu().functions[name](*arguments, torch.get_num_threads())
+        with on_device_of(tensor):
+            return cuda().functions[name](*arguments, torch._C._cuda_getCurrentRawStream(tensor.get_device()))
+    return cpu().functions[name](*arguments, torch.get_num_threads())
+
+
+def check(name: str, tensor: Tensor, code: int) -> None:
+    """Raises RuntimeError for a code that is not 0."""
     if code:
         raise RuntimeError(f"fewstep_{tensor.device.type}_{name} failed with code {code}.")
+
+
+def call(name: str, tensor: Tensor, *arguments: object) -> None:
+    """Run an operator in the library for the tensor's device. Raises RuntimeError where it answers with a code."""
+    check(name, tensor, run(name, tensor, *arguments))
 
 
 class _Scalar(ctypes.Structure):
@@ -102,11 +123,11 @@ def scalars(values: Sequence[float | Tensor]) -> ctypes.Array:
     return array
 
 
-@functools.cache
-def _array(length: int) -> type[ctypes.Array]:
-    return _int * length
+@functools.lru_cache(256)
+def _packer(length: int) -> struct.Struct:
+    return struct.Struct(f"{length}q")
 
 
-def table(values: list[int]) -> ctypes.Array:
-    """An array of int64 as the C functions read them."""
-    return _array(len(values))(*values)
+def table(values: Sequence[int]) -> bytes:
+    """int64 numbers as the C functions read them: an argument by itself, good for one call."""
+    return _packer(len(values)).pack(*values)

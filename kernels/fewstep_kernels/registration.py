@@ -11,8 +11,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 from torch.autograd import forward_ad
+
+_is_tracing, _profiling = _C._is_tracing, _C._autograd._profiler_enabled
+_dispatch_modes, _function_modes = _C._len_torch_dispatch_stack, _C._len_torch_function_stack
+_functorch_level = _C._functorch.peek_interpreter_stack
 
 LIBRARY = torch.library.Library("fewstep_kernels", "DEF")
 
@@ -20,6 +24,22 @@ LIBRARY = torch.library.Library("fewstep_kernels", "DEF")
 def tracing() -> bool:
     """Whether a compiler or exporter is watching: it must see plain aten operations, which it fuses or serialises."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def quiet() -> bool:
+    """Whether nobody follows the call: no compiler, tracer, mode, functorch transform, dual level or profiler.
+
+    Then a public function may go past the dispatcher, which costs more than a small kernel.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or _is_tracing()
+        or _dispatch_modes()
+        or _function_modes()
+        or _functorch_level() is not None
+        or forward_ad._current_level >= 0
+        or _profiling()
+    )
 
 
 def differentiating(tensors: Iterable[Tensor]) -> bool:

@@ -95,9 +95,16 @@ def test_the_cuda_library_loads_and_checks_its_arguments_without_a_gpu():
     library = native.cuda()
     if library.missing:
         pytest.skip(library.missing)
-    table = native.table([0] * 16)
-    assert library.functions["lincomb"](99, 1, 1, 1, table, table, None, 0, None) == 1
-    assert library.functions["lincomb"](1, 1, 0, 1, table, table, None, 0, None) == 0
+    table = native.table([0] * 17)
+
+    def lincomb(inputs, outputs, batch, count):
+        return library.functions["lincomb"](native.table([inputs, outputs, batch, count, *[0] * 13]), None)
+
+    assert lincomb(99, 1, 1, 1) == 1
+    assert lincomb(1, 1, 0, 1) == 0
+    assert lincomb(0, 1, 1, 1) == 1
+    outputs_that_are_one = native.table([1, 2, 1, 4, 0, 0, 0, 0, 0, 0, 0, *(64, 4, 0), *(128, 4, 0), *(128, 4, 0)])
+    assert library.functions["lincomb"](outputs_that_are_one, None) == 2
     assert library.functions["normal"](None, 1, 5, -1, None, 0, None) == 1
     assert library.functions["ema_update"](0, 1, table, None, None, None, None) == 0
     assert library.functions["ema_update"](1, 0, table, None, None, None, None) == 1

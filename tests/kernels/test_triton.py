@@ -12,7 +12,7 @@ from tests.kernels.ahead_of_time import ROOT, python, triton_before
 
 pytest.importorskip("triton")
 
-SOURCES = [ROOT / "kernels" / "fewstep_kernels" / name for name in ("lincomb.py", "noise.py")]
+SOURCES = [ROOT / "kernels" / "fewstep_kernels" / name for name in ("lincomb_kernels.py", "noise.py")]
 
 INTERPRETED = """
 import torch, fewstep_kernels as fk
@@ -66,7 +66,7 @@ COMPILED = """
 import triton.language as tl
 from triton.compiler import ASTSource
 from tests.kernels.ahead_of_time import report
-from fewstep_kernels.lincomb import lincomb_kernel
+from fewstep_kernels.lincomb_kernels import lincomb_kernel
 from fewstep_kernels.noise import draw_kernel
 
 def lincomb(inputs, outputs, noise, wide="fp32", aligned=True):
