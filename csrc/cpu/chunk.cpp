@@ -2,7 +2,7 @@
  * library: a shared inline function compiled for one set must never be linked into another. */
 #include "chunk.h"
 #include "element.h"
-#include "philox.h"
+#include "noise.h"
 
 namespace {
 
@@ -35,15 +35,6 @@ void combine(int64_t inputs, const T *const *in, T *const *out, const T *coeffic
     }
 }
 
-void normals(uint64_t seed, uint64_t group, uint32_t stream, int64_t count, double *out) {
-#pragma omp simd
-    for (int64_t g = 0; g < (count + 3) / 4; ++g) {
-        PhiloxWords words = philox(group + (uint64_t)g, stream, seed);
-        box_muller(words.w[0], words.w[1], &out[4 * g], &out[4 * g + 1]);
-        box_muller(words.w[2], words.w[3], &out[4 * g + 2], &out[4 * g + 3]);
-    }
-}
-
 template <class T>
 void lincomb(const LincombChunk &chunk) {
     T *scratch = (T *)chunk.scratch;
@@ -60,9 +51,7 @@ void lincomb(const LincombChunk &chunk) {
         }
     }
     if (chunk.noise) {
-        double noise[CHUNK];
-        normals(chunk.seed, chunk.group, chunk.stream, chunk.count, noise);
-        for (int64_t i = 0; i < chunk.count; ++i) scratch[i] = (T)noise[i];
+        normals(chunk.seed, chunk.group, chunk.stream, chunk.count, scratch);
         in[inputs++] = scratch;
         scratch += CHUNK;
     }
@@ -92,13 +81,18 @@ void normal(uint64_t seed, uint64_t group, uint32_t stream, int64_t count, void 
 
 void uniform(uint64_t seed, uint64_t group, uint32_t stream, int64_t count, void *out, int dtype) {
     const int bits = dtype == FEWSTEP_FLOAT64 ? 32 : dtype == FEWSTEP_FLOAT32 ? 24 : dtype == FEWSTEP_FLOAT16 ? 11 : 8;
-    double scale = 1.0, values[CHUNK];
+    double scale = 1.0, values[CHUNK], part[4][CHUNK / 4];
     for (int i = 0; i < bits; ++i) scale *= 0.5;
-#pragma omp simd
-    for (int64_t g = 0; g < (count + 3) / 4; ++g) {
-        PhiloxWords words = philox(group + (uint64_t)g, stream, seed);
-        for (int j = 0; j < 4; ++j) values[4 * g + j] = word_to_double(words.w[j] >> (32 - bits)) * scale;
+    for (int64_t g = 0; g < (count + 3) / 4; g += LANES) {
+        Words words[4];
+        philox(group + (uint64_t)g, stream, seed, words);
+        for (int j = 0; j < 4; ++j) {
+            const Doubles number_of = number(words[j] >> (32 - bits), 0.0) * scale;
+            memcpy(&part[j][g], &number_of, WIDTH);
+        }
     }
+    for (int64_t g = 0; g < (count + 3) / 4; ++g)
+        for (int j = 0; j < 4; ++j) values[4 * g + j] = part[j][g];
     store(values, out, dtype, count);
 }
 
