@@ -39,19 +39,20 @@ def reference(
     """The defining implementation, in plain torch operations. dtypes: one per output row."""
     first = inputs[0]  # [B, ...]
     wide = _wide(inputs)
-    terms = [x.to(wide) for x in inputs]
+    terms = [x if x.dtype == wide else x.to(wide) for x in inputs]  # an exported .to is two nodes, needed or not
     if noise_seeds is not None:
         terms.append(normal_reference(noise_seeds, math.prod(first.shape[1:]), noise_stream, wide).view(first.shape))
-    table = coefficients.to(wide)
+    table = coefficients if coefficients.dtype == wide else coefficients.to(wide)
     if table.ndim == 3:
         table = table.movedim(0, -1)  # [M, K, B]
         table = table[(..., *(None,) * (first.ndim - 1))]  # [M, K, B, 1, ...]
     outputs = []
     for m, dtype in enumerate(dtypes):
-        total = table[m, 0] * terms[0]
+        row = table[m]
+        total = row[0] * terms[0]
         for k, term in enumerate(terms[1:], 1):
-            total = total + table[m, k] * term
-        outputs.append(total.to(dtype))
+            total = total + row[k] * term
+        outputs.append(total if dtype == wide else total.to(dtype))
     return outputs
 
 
