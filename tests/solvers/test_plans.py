@@ -14,7 +14,8 @@ from fewstep.diffusion import schedules
 from fewstep.diffusion.prediction import Prediction
 from fewstep.errors import UserError
 from fewstep.solvers import Plan
-from fewstep.solvers.plans import Row, compiled
+from fewstep.solvers.compiling import compiled
+from fewstep.solvers.plans import Row
 
 SOLVERS = [("ddim", {"eta": 0.3}), ("euler", {}), ("heun", {}), ("dpmpp_2m", {"variant": "exact"}), ("consistency", {})]
 SOLVERS += [(name, {}) for name in solvers.names() if name not in {listed for listed, _ in SOLVERS}]

@@ -8,7 +8,7 @@ tensors are [B, ...], all functions differentiable, and the guidance scale w mea
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,21 +26,125 @@ def _table(rows: Sequence[Sequence[Scale]], like: Tensor) -> Tensor:
     return torch.stack([torch.stack(row, -1) for row in columns], -2)
 
 
-def rescaled(cond: Tensor, uncond: Tensor, guidance: Scale, rescale: float = 0.7) -> Tensor:
-    """Guidance whose answer keeps the conditional output's standard deviation.
+def rescaled_weights(inputs: Sequence[Tensor], *, guidance: Scale, rescale: float = 0.7) -> Tensor:
+    """Weights [B, 1, 2] of (cond, uncond): guidance whose answer keeps the conditional output's standard deviation.
 
     g = uncond + w (cond - uncond); g (phi std(cond) / std(g) + 1 - phi) with phi = rescale (arXiv:2305.08891, eq. 14
     to 16). std(g) follows from the moments of cond and of cond - uncond: g itself is never formed twice.
     """
-    found = gram([cond, uncond], [(1, 0), (1, -1)])
-    count = math.prod(cond.shape[1:])
+    found = gram(inputs, [(1, 0), (1, -1)])
+    count = math.prod(inputs[0].shape[1:])
     covariance = found.products - found.sums[:, :, None] * found.sums[:, None, :] / count  # times the elements
     more = guidance - 1.0
     of_cond = covariance[:, 0, 0]
     of_guided = of_cond + 2 * more * covariance[:, 0, 1] + more * more * covariance[:, 1, 1]
     ratio = torch.sqrt((of_cond / of_guided.clamp(min=_TINY)).clamp(min=_TINY))
     factor = rescale * ratio + (1 - rescale)
-    return lincomb([cond, uncond], _table([(factor * guidance, factor * (1.0 - guidance))], factor))[0]
+    return _table([(factor * guidance, factor * (1.0 - guidance))], factor)
+
+
+def projected_weights(
+    inputs: Sequence[Tensor],
+    *,
+    guidance: Scale,
+    parallel: float = 0.0,
+    radius: float | None = None,
+    momentum: float = 0.0,
+    base: str = "cond",
+) -> Tensor:
+    """Adaptive projected guidance (arXiv:2410.02416, Algorithm 1): weights [B, 1, K], or [B, 2, K] with momentum.
+
+    inputs: cond, uncond and, with momentum, the running difference so far if there is one; the second row is then the
+    running difference to keep. d = cond - uncond + momentum running; d <- d min(1, radius / |d|); of its part along
+    cond, <d, cond> cond / |cond|^2, the share `parallel` (the paper's eta) is kept; guided = cond + (w - 1) d. With
+    base="uncond" it is uncond + w d, the form diffusers calls its own.
+    """
+    if base not in ("cond", "uncond"):
+        raise UserError(f"projected guidance starts from base {base!r}; it must be 'cond' or 'uncond'.")
+    of_difference = (1.0, -1.0, momentum)[: len(inputs)]
+    found = gram(inputs, [(1.0, 0.0, 0.0)[: len(inputs)], of_difference]).products
+    squared_cond, along, squared = found[:, 0, 0], found[:, 0, 1], found[:, 1, 1]
+    scale = torch.ones_like(squared)
+    if radius is not None:
+        scale = (radius / torch.sqrt(squared.clamp(min=_TINY))).clamp(max=1.0)
+    weight = scale * (guidance - 1.0 if base == "cond" else guidance)
+    share = weight * (1.0 - parallel) * along / squared_cond.clamp(min=_TINY)
+    guided = [weight * c for c in of_difference]
+    guided[0] = guided[0] - share
+    start = 0 if base == "cond" else 1
+    guided[start] = guided[start] + 1.0
+    return _table([guided, of_difference] if momentum != 0.0 else [guided], squared)
+
+
+def perpendicular_weights(inputs: Sequence[Tensor], *, guidance: Scale, weights_of: Sequence[Scale]) -> Tensor:
+    """Weights [B, 1, 2 + N] of (positive, uncond, negatives): away from negative conditions only where they do not
+    oppose the positive one (arXiv:2304.04968).
+
+    uncond + w (p - sum_i weights_i (n_i - <n_i, p> p / |p|^2)) with p = positive - uncond, n_i = negatives_i - uncond.
+    At most four negatives.
+    """
+    size = len(inputs)
+    if len(weights_of) != size - 2 or not 3 <= size <= 6:
+        raise UserError(
+            f"perpendicular guidance takes one to four negatives and a weight for each; got {size - 2} negatives "
+            f"and {len(weights_of)} weights."
+        )
+    differences = [tuple(float(k == j) - float(k == 1) for k in range(size)) for j in range(size) if j != 1]
+    found = gram(inputs, differences).products
+    squared = found[:, 0, 0].clamp(min=_TINY)
+    of_positive: Scale = 1.0
+    for i, weight in enumerate(weights_of, 1):
+        of_positive = of_positive + weight * found[:, 0, i] / squared
+    columns = [guidance * of_positive, *(-(guidance * weight) + 0 * squared for weight in weights_of)]
+    of_uncond = 1.0 - sum(columns[1:], columns[0])
+    return _table([(columns[0], of_uncond, *columns[1:])], squared)
+
+
+def zero_star_weights(inputs: Sequence[Tensor], *, guidance: Scale) -> Tensor:
+    """Weights [B, 1, 2] of CFG-Zero* (arXiv:2503.18886): w cond + (1 - w) a uncond, a = <cond, uncond> / |uncond|^2."""
+    found = gram(inputs).products
+    share = found[:, 0, 1] / (found[:, 1, 1] + 1e-8)
+    return _table([(guidance, (1.0 - guidance) * share)], share)
+
+
+def magnitude_weights(inputs: Sequence[Tensor], *, guidance: Scale, decay: float = 8.0) -> Tensor:
+    """Weights [B, 1, 2] of MAMBO-G: guidance of scale 1 + (w - 1) e^(-decay |cond - uncond| / |uncond|)."""
+    found = gram(inputs, [(1, -1), (0, 1)]).products
+    size = torch.sqrt((found[:, 0, 0] / found[:, 1, 1].clamp(min=_TINY)).clamp(min=_TINY))
+    scale = 1.0 + (guidance - 1.0) * torch.exp(-decay * size)
+    return _table([(scale, 1.0 - scale)], scale)
+
+
+def tangential_weights(inputs: Sequence[Tensor], *, guidance: Scale) -> Tensor:
+    """Weights [B, 1, 2] of TCFG (arXiv:2503.18137): uncond is replaced by its part along the first right singular
+    vector of [cond; uncond].
+
+    With G their Gram matrix, of eigenvalues l1 >= l2, that part is row 2 of (G - l2)/(l1 - l2) times the outputs.
+    """
+    found = gram(inputs).products
+    half = 0.5 * (found[:, 1, 1] - found[:, 0, 0])
+    across = found[:, 0, 1]
+    radius = torch.sqrt((half * half + across * across).clamp(min=_TINY))  # (l1 - l2)/2
+    # radius + half where half is negative, without cancellation
+    own = torch.where(half < 0, across * across / (radius - half), radius + half) / (2 * radius)
+    of_cond = across / (2 * radius)
+    rest = 1.0 - guidance
+    return _table([(guidance + rest * of_cond, rest * own)], own)
+
+
+WEIGHTS: dict[str, Callable[..., Tensor]] = {
+    "rescale": rescaled_weights,
+    "apg": projected_weights,
+    "perp_neg": perpendicular_weights,
+    "cfg_zero_star": zero_star_weights,
+    "mambo_g": magnitude_weights,
+    "tcfg": tangential_weights,
+}
+
+
+def rescaled(cond: Tensor, uncond: Tensor, guidance: Scale, rescale: float = 0.7) -> Tensor:
+    """The guided output of `rescaled_weights`."""
+    return lincomb([cond, uncond], rescaled_weights([cond, uncond], guidance=guidance, rescale=rescale))[0]
 
 
 def projected(
@@ -54,56 +158,22 @@ def projected(
     previous: Tensor | None = None,
     base: str = "cond",
 ) -> tuple[Tensor, Tensor | None]:
-    """Adaptive projected guidance (arXiv:2410.02416, Algorithm 1): (guided, the running difference to keep).
-
-    d = cond - uncond + momentum previous; d <- d min(1, radius / |d|); of its part along cond, <d, cond> cond /
-    |cond|^2, the share `parallel` (the paper's eta) is kept; guided = cond + (w - 1) d. With base="uncond" it is
-    uncond + w d, the form diffusers calls its own. Without momentum nothing need be kept and None is returned with it.
-    """
-    if base not in ("cond", "uncond"):
-        raise UserError(f"projected guidance starts from base {base!r}; it must be 'cond' or 'uncond'.")
+    """The guided output of `projected_weights` and the running difference to keep; None without momentum."""
     keeps = momentum != 0.0
     inputs = [cond, uncond, *([previous] if keeps and previous is not None else [])]
-    of_difference = (1.0, -1.0, momentum)[: len(inputs)]
-    found = gram(inputs, [(1.0, 0.0, 0.0)[: len(inputs)], of_difference]).products
-    squared_cond, along, squared = found[:, 0, 0], found[:, 0, 1], found[:, 1, 1]
-    scale = torch.ones_like(squared)
-    if radius is not None:
-        scale = (radius / torch.sqrt(squared.clamp(min=_TINY))).clamp(max=1.0)
-    weight = scale * (guidance - 1.0 if base == "cond" else guidance)
-    share = weight * (1.0 - parallel) * along / squared_cond.clamp(min=_TINY)
-    guided = [weight * c for c in of_difference]
-    guided[0] = guided[0] - share
-    start = 0 if base == "cond" else 1
-    guided[start] = guided[start] + 1.0
-    rows: list[Sequence[Scale]] = [guided, of_difference] if keeps else [guided]
-    answer = lincomb(inputs, _table(rows, squared))
+    weights = projected_weights(
+        inputs, guidance=guidance, parallel=parallel, radius=radius, momentum=momentum, base=base
+    )
+    answer = lincomb(inputs, weights)
     return answer[0], answer[1] if keeps else None
 
 
 def perpendicular(
     positive: Tensor, uncond: Tensor, negatives: Sequence[Tensor], guidance: Scale, weights: Sequence[Scale]
 ) -> Tensor:
-    """Guidance away from negative conditions only where they do not oppose the positive one (arXiv:2304.04968).
-
-    uncond + w (p - sum_i weights_i (n_i - <n_i, p> p / |p|^2)) with p = positive - uncond, n_i = negatives_i - uncond.
-    At most four negatives.
-    """
-    if len(weights) != len(negatives) or not 1 <= len(negatives) <= 4:
-        raise UserError(
-            f"perpendicular guidance takes one to four negatives and a weight for each; got {len(negatives)} negatives "
-            f"and {len(weights)} weights."
-        )
-    size = 2 + len(negatives)
-    differences = [tuple(float(k == j) - float(k == 1) for k in range(size)) for j in range(size) if j != 1]
-    found = gram([positive, uncond, *negatives], differences).products
-    squared = found[:, 0, 0].clamp(min=_TINY)
-    of_positive: Scale = 1.0
-    for i, weight in enumerate(weights, 1):
-        of_positive = of_positive + weight * found[:, 0, i] / squared
-    columns = [guidance * of_positive, *(-(guidance * weight) + 0 * squared for weight in weights)]
-    of_uncond = 1.0 - sum(columns[1:], columns[0])
-    return lincomb([positive, uncond, *negatives], _table([(columns[0], of_uncond, *columns[1:])], squared))[0]
+    """The guided output of `perpendicular_weights`."""
+    inputs = [positive, uncond, *negatives]
+    return lincomb(inputs, perpendicular_weights(inputs, guidance=guidance, weights_of=weights))[0]
 
 
 def normalised_direction(x: Tensor, fake: Tensor, real: Tensor, least: float = 0.0) -> Tensor:

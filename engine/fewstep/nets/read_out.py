@@ -50,7 +50,10 @@ class Jump(nn.Module):
         named = {"s": self.prediction.network_time(self.schedule, s)} if self.two_times else {}
         return self.denoiser(x, t, cond, **named)
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Any = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Any = None, *, as_network: bool = False) -> Tensor:
+        """G; with `as_network` the bare network's output for an already scaled x and the network's own times [B]."""
+        if as_network:
+            return self.denoiser(x, t, cond, as_network=True, s=s)
         ratio = self.schedule.sigma(s) / self.schedule.sigma(t)
         rest = self.schedule.alpha(s) - self.schedule.alpha(t) * ratio
         return combine([x, self.clean(x, t, s, cond)], [(ratio, rest)])[0]

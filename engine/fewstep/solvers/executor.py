@@ -1,29 +1,29 @@
-"""Runs any plan: one network call and one linear map a stage.
+"""Runs any plan: one network call and one linear map a stage, and what a stage names beside them.
 
 With gradients off it allocates only the first time: states live in buffers kept with the plan per shape, dtype, device
-and thread, coefficients and times are tensors on the device, a guided stage is one call of doubled batch whose halves
-are read as views, and nothing is read back by the host. With gradients, and inside a compiler or exporter, it allocates
-and is a pure function.
+and thread, coefficients and times are tensors on the device, a guided stage is one call of a joined batch whose shares
+are read as views, and nothing is read back by the host. (Parts between network and map may allocate.) With gradients,
+and inside a compiler or exporter, it allocates and is a pure function.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recompute
 
-from fewstep.diffusion import guidance as guiding
-from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.linear import coefficient_dtype
 from fewstep.errors import UserError, choose
-from fewstep.solvers.memory import Buffers, Tables, buffers_of, tracing
-from fewstep.solvers.plans import Plan, Stage
-from fewstep_kernels import lincomb
+from fewstep.solvers import parts
+from fewstep.solvers.calls import conditions, evaluate, network_calls, other_calls, read_by, split
+from fewstep.solvers.memory import Buffers, Tables, buffers_of, noises, tracing
+from fewstep.solvers.plans import Plan, Stage, is_slot
+from fewstep.solvers.reading import MOMENTUM
+from fewstep_kernels import lincomb, normal
 
 RECORDS = ("x", "denoised", "mean")
 
@@ -42,18 +42,27 @@ class Execution:
 
 
 def sample(
-    denoiser: Any, plan: Plan, noise: Tensor, cond: Any = None, uncond: Any = None, seeds: Tensor | None = None
+    denoiser: Any,
+    plan: Plan,
+    noise: Tensor,
+    cond: Any = None,
+    uncond: Any = None,
+    seeds: Tensor | None = None,
+    *,
+    negatives: Sequence[Any] = (),
+    others: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """x0 [B, ...] from standard normal noise; the plan scales it.
 
     denoiser: a Denoiser, or a bare net(x_scaled, t_net, cond). noise: [B, C, H, W] or [B, D]; or [B, 1 + S, ...]
     carrying the noise of the plan's S stochastic stages too. seeds: int64 [B], from which stochastic stages draw
-    (Philox stream k for the k-th) when noise does not carry it. uncond: the condition of guidance's other half; the
-    network's null condition if not given. Raises UserError for a wrong shape, a missing seed, or a denoiser that is not
-    the plan's.
+    (Philox stream k for the k-th) when noise does not carry it. uncond: the condition of guidance's other half (a
+    negative prompt's, say); the network's null condition if not given. negatives: the conditions of perpendicular
+    guidance. others: the networks of further roles a plan names (`plan.roles`), each called like the denoiser. Raises
+    UserError for a wrong shape, a missing seed, condition or network, or a denoiser that is not the plan's.
     """
     with torch.no_grad():
-        return _run(plan, denoiser, noise, cond, uncond, seeds, answer=False).x
+        return _run(plan, denoiser, noise, cond, uncond, seeds, negatives, others, answer=False).x
 
 
 def execute(
@@ -64,6 +73,8 @@ def execute(
     cond: Any = None,
     uncond: Any = None,
     seeds: Tensor | None = None,
+    negatives: Sequence[Any] = (),
+    others: Mapping[str, Any] | None = None,
     start: int = 0,
     stop: int | None = None,
     gradient: str = "none",
@@ -89,13 +100,24 @@ def execute(
             f"start={start} and stop={stop} do not name stages of a plan of {len(plan.stages)}; "
             f"give 0 <= start <= stop <= {len(plan.stages)}."
         )
-    kept = [name for stage in plan.stages[start:][:1] for name in stage.inputs if name == "base" or name[0] == "d"]
+    kept = [name for stage in plan.stages[start:][:1] for name in _kept_inputs(stage)]
     if 0 < start < stop and kept:
         raise UserError(
             f"stage {start} of this plan reads {kept[0]!r}, kept by an earlier stage; start where only x is read."
         )
     with torch.no_grad() if gradient == "none" else contextlib.nullcontext():
-        return _run(plan, networks, noise, cond, uncond, seeds, start, stop, gradient, tuple(record), checkpoint)
+        given = (cond, uncond, seeds, negatives, others)
+        return _run(plan, networks, noise, *given, start, stop, gradient, tuple(record), checkpoint)
+
+
+def _kept_inputs(stage: Stage) -> list[str]:
+    """Registers that an earlier stage must have filled."""
+    made: set[str] = set()
+    kept = []
+    for part in stage.nonlinear:
+        kept += [name for name in part.inputs if name == MOMENTUM and name not in made]
+        made |= {*part.outputs}
+    return kept + [name for name in stage.inputs if name == "base" or is_slot(name)]
 
 
 def _run(
@@ -105,6 +127,8 @@ def _run(
     cond: Any,
     uncond: Any,
     seeds: Tensor | None,
+    negatives: Sequence[Any] = (),
+    others: Mapping[str, Any] | None = None,
     start: int = 0,
     stop: int | None = None,
     gradient: str = "none",
@@ -114,93 +138,71 @@ def _run(
 ) -> Execution:
     stop = len(plan.stages) if stop is None else stop
     stages = plan.stages[start:stop]
-    calls = _network_calls(plan, networks, start, stop)
+    calls = network_calls(plan, networks, start, stop)
+    asked = other_calls(plan, stages, others)
     first, carried = _split_noise(plan, noise, seeds, stages)
     tables = Tables(plan, noise.device, coefficient_dtype(noise))
     reuse = gradient == "none" and not tracing()
     buffers = buffers_of(plan, first) if reuse else None
-    conds = _conditions(networks, stages, cond, uncond, buffers)
+    conds = conditions(networks, stages, cond, uncond, negatives, buffers)
     recorded: dict[str, list[Tensor]] = {name: [] for name in record}
 
     scale = plan.initial_scale if start == 0 else 1.0
     if not stages:
         x = lincomb([first], tables.start((scale,)), dtypes=[first.dtype])[0]
         return Execution(x, x, {name: [x] if name == "x" else [] for name in record})
-    state = _started(tables, stages[0], first, scale, buffers)
+    known = _started(tables, stages[0], first, scale, buffers)
     if "x" in recorded:
-        recorded["x"].append(state["x"].clone() if reuse else state["x"])
+        recorded["x"].append(known["x"].clone() if reuse else known["x"])
     denoised: Tensor | None = None
     for index, stage in enumerate(stages, start):
         last = index + 1 == stop
         tracked = gradient == "all" or (gradient == "last" and last)
         with contextlib.nullcontext() if tracked else torch.no_grad():
-            told = tables.times(index, first, buffers)
-            columns = _evaluate(calls[index - start], stage, state, told, conds, tracked, checkpoint)
-            known = {**state, **columns}
-            inputs = [known[name] for name in stage.inputs if name != "noise"]
+            if stage.conditions:
+                told = tables.times(index, len(stage.conditions), first, buffers)
+                named = {} if stage.landing is None else {"s": tables.landing(index, told.shape[0], first, buffers)}
+                cond_of = conds[stage.conditions]
+                known.update(evaluate(calls[index - start], stage, known, told, cond_of, named, tracked, checkpoint))
+            for number, call in enumerate(stage.others):
+                told = tables.other_times(index, number, first, buffers)
+                read = read_by(call, index, number, stage, known, tables, buffers)
+                answers = asked[call.role](read, told, cond, tracked, {})
+                known.update(zip(call.columns, split(answers, len(call.columns), known["x"])))
             drawn: dict[str, Any] = {}
             if stage.noise and carried is not None:
-                inputs.append(carried[:, stage.noise])
+                known["noise"] = carried[:, stage.noise]
+            elif stage.noise and stage.nonlinear:
+                assert seeds is not None
+                known["noise"] = normal(seeds, first.shape[1:], stream=stage.noise, dtype=tables.dtype)
             elif stage.noise:
                 drawn = {"noise_seeds": seeds, "noise_stream": stage.noise}
+            for number, part in enumerate(stage.nonlinear):
+                matrix = tables.part(index, number) if part.matrix else None
+                kept = None if buffers is None else [buffers[name] for name in part.outputs]
+                made = parts.run(part, [known[name] for name in part.inputs], matrix, kept, tables.dtype)
+                known.update(zip(part.outputs, made))
+            inputs = [known[name] for name in (stage.inputs[:-1] if drawn else stage.inputs)]
             if "denoised" in recorded or (answer and last):
-                terms = [state["x"], *columns.values()]
-                denoised = lincomb(terms, tables.read_out(index))[0]
+                denoised = _denoised(stage, index, known, tables)
                 if "denoised" in recorded:
                     recorded["denoised"].append(denoised)
             if "mean" in recorded:
-                quiet = inputs[: len(stage.inputs) - bool(stage.noise)]
-                recorded["mean"].append(lincomb(quiet, tables.mean(index))[0])
+                quiet = inputs[: len(stage.inputs) - noises(stage.inputs)]
+                recorded["mean"].append(lincomb(quiet, tables.mean(index), dtypes=[first.dtype])[0])
             out, names = _targets(plan, index, last, first, buffers)
             table = tables.matrix(index, repeated=len(names) > len(stage.outputs))
             values = lincomb(
                 inputs, table, out=out, dtypes=None if out else [first.dtype] * len(stage.outputs), **drawn
             )
-        state = {**state, **dict(zip(names, values))}
-        if buffers is not None and "input" in names:
-            state["input"] = buffers.doubled if plan.stages[index + 1].guided else buffers["input"]
-        elif "input" not in names:
-            state.pop("input", None)
+        known.update(zip(names, values))
+        if "input" not in names:
+            known.pop("input", None)
+        elif buffers is not None:
+            known["input"] = buffers.input_of(len(plan.stages[index + 1].conditions))
         if "x" in recorded:
-            recorded["x"].append(state["x"].clone() if reuse else state["x"])
-    return Execution(state["x"], denoised if denoised is not None else state["x"], recorded)
-
-
-Call = Callable[[Tensor, Tensor, Any, bool], Tensor]
-
-
-def _network_calls(plan: Plan, networks: Any, start: int, stop: int) -> list[Call]:
-    if isinstance(networks, (list, tuple)):
-        if len(networks) != stop - start:
-            raise UserError(
-                f"{len(networks)} networks were given for {stop - start} stages; give one, or one per stage."
-            )
-        return [_network_call(plan, network) for network in networks]
-    return [_network_call(plan, networks)] * (stop - start)
-
-
-def _network_call(plan: Plan, network: Any) -> Call:
-    module = getattr(network, "module", network)
-    if isinstance(module, Denoiser):
-        for what, own, planned in (
-            ("prediction", module.prediction, plan.prediction),
-            ("schedule", module.schedule, plan.schedule),
-        ):
-            if own != planned:
-                raise UserError(
-                    f"the denoiser's {what} {own!r} is not the plan's {planned!r}; "
-                    f"compile the plan with {what}=denoiser.{what}."
-                )
-
-        def call(x: Tensor, t: Tensor, cond: Any, tracked: bool) -> Tensor:
-            if not tracked and hasattr(network, "value"):
-                return network.value(x, t, cond, as_network=True)
-            return network(x, t, cond, as_network=True)
-
-        return call
-    if not callable(network):
-        raise UserError(f"the network is {type(network).__name__}; give a Denoiser or a callable net(x, t, cond).")
-    return lambda x, t, cond, tracked: network(x, t) if cond is None else network(x, t, cond)
+            recorded["x"].append(known["x"].clone() if reuse else known["x"])
+    return Execution(known["x"], denoised if denoised is not None else known["x"], recorded)
 
 
 def _split_noise(
@@ -234,7 +236,8 @@ def _split_noise(
 
 def _started(tables: Tables, stage: Stage, first: Tensor, scale: float, buffers: Buffers | None) -> dict[str, Tensor]:
     """Registers "x" and, where the network reads something else, "input"."""
-    separate = stage.guided or stage.input_scale != 1.0
+    asked = len(stage.conditions)
+    separate = asked > 1 or (asked == 1 and stage.input_scale != 1.0)
     scales = [scale, scale * stage.input_scale] if separate else [scale]
     if buffers is None:
         values = lincomb([first], tables.start(tuple(scales)), dtypes=[first.dtype] * len(scales))
@@ -242,14 +245,14 @@ def _started(tables: Tables, stage: Stage, first: Tensor, scale: float, buffers:
     out = [buffers["x"]]
     if separate:
         out.append(buffers["input"])
-    if stage.guided:
+    if asked == 2:
         out.append(buffers["second input"])
         scales.append(scales[-1])
     lincomb([first], tables.start(tuple(scales)), out=out)
-    state = {"x": buffers["x"]}
+    known = {"x": buffers["x"]}
     if separate:
-        state["input"] = buffers.doubled if stage.guided else buffers["input"]
-    return state
+        known["input"] = buffers.input_of(asked)
+    return known
 
 
 def _targets(
@@ -262,58 +265,14 @@ def _targets(
     out = [buffers[name] for name in names]
     if last:
         out[names.index("x")] = torch.empty(first.shape, dtype=first.dtype, device=first.device)
-    if "input" in names and plan.stages[index + 1].guided:
+    if "input" in names and len(plan.stages[index + 1].conditions) == 2:
         return [*out, buffers["second input"]], (*names, "second input")
     return out, names
 
 
-def _conditions(
-    networks: Any, stages: Sequence[Stage], cond: Any, uncond: Any, buffers: Buffers | None
-) -> tuple[Any, Any]:
-    """(for plain calls, for guided calls)."""
-    if not any(stage.guided for stage in stages):
-        return cond, None
-    if uncond is None:
-        owner = networks[0] if isinstance(networks, (list, tuple)) else networks
-        if cond is None:
-            raise UserError("this plan is guided and got no condition; give cond, or compile it with guidance=None.")
-        if not hasattr(owner, "null"):
-            raise UserError(f"this plan is guided and {type(owner).__name__} has no null(cond); give uncond.")
-        uncond = owner.null(cond)
-    if buffers is None or not isinstance(cond, Tensor) or not isinstance(uncond, Tensor):
-        return cond, guiding.joined(cond, uncond)
-    if cond.shape != uncond.shape or cond.dtype != uncond.dtype:
-        raise UserError(
-            f"cond is {cond.dtype} {list(cond.shape)} and uncond {uncond.dtype} {list(uncond.shape)}; they must match."
-        )
-    shape = (2 * cond.shape[0], *cond.shape[1:])
-    both = buffers.keep(("cond", shape, cond.dtype), lambda: torch.empty(shape, dtype=cond.dtype, device=cond.device))
-    return cond, guiding.joined(cond, uncond, out=both)
-
-
-def _evaluate(
-    call: Call,
-    stage: Stage,
-    state: Mapping[str, Tensor],
-    told: Tensor,
-    conds: tuple[Any, Any],
-    tracked: bool,
-    checkpoint: bool,
-) -> dict[str, Tensor]:
-    """The network's columns."""
-    x = state["x"]
-    batch = x.shape[0]
-    read = state.get("input", x)
-    if stage.guided and "input" in state and read.shape[0] == batch:
-        read = torch.cat([read, read])
-    cond = conds[1] if stage.guided else conds[0]
-    if checkpoint and tracked and torch.is_grad_enabled():
-        output = recompute(call, read, told, cond, tracked, use_reentrant=False)
-    else:
-        output = call(read, told, cond, tracked)
-    if not isinstance(output, Tensor) or output.shape[1:] != x.shape[1:]:
-        given = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise UserError(f"the network answered {given} to an input of shape {list(x.shape)}; they must be alike.")
-    if not stage.guided:
-        return {"cond": output}
-    return {"cond": output[:batch], "uncond": output[batch:]}
+def _denoised(stage: Stage, index: int, known: Mapping[str, Tensor], tables: Tables) -> Tensor:
+    """The stage's read-out; x itself where no network was asked."""
+    x = known["x"]
+    if not stage.read_out:
+        return x.clone()
+    return lincomb([known[name] for name, _ in stage.read_out], tables.read_out(index), dtypes=[x.dtype])[0]

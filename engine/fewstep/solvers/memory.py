@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.diffusion import guidance as guiding
+from fewstep.diffusion.linear import coefficient_dtype
 from fewstep.solvers.plans import Plan
+from fewstep.solvers.reading import SHAPED
 
 _KEPT_SHAPES = 8
 
@@ -44,45 +45,68 @@ class Tables:
         return self._cached(("matrix", index, repeated), lambda: [*rows, rows[-1]] if repeated else list(rows))
 
     def mean(self, index: int) -> Tensor:
+        """[1, K]: the row of x without its noise, which comes last."""
         stage = self.plan.stages[index]
         row = stage.matrix[stage.outputs.index("x")]
-        return self._cached(("mean", index), lambda: [row[: len(row) - bool(stage.noise)]])
+        return self._cached(("mean", index), lambda: [row[: len(row) - noises(stage.inputs)]])
+
+    def part(self, index: int, number: int) -> Tensor:
+        rows = self.plan.stages[index].nonlinear[number].matrix
+        return self._cached(("part", index, number), lambda: list(rows))
 
     def start(self, scales: tuple[float, ...]) -> Tensor:
         return self._cached(("start", scales), lambda: [[scale] for scale in scales])
 
     def read_out(self, index: int) -> Tensor:
-        """[1, 2] or [1, 3]: x and the network's columns to the denoised estimate."""
+        """[1, K]: the registers of the stage's read-out to the denoised estimate."""
+        return self._cached(("read out", index), lambda: [[value for _, value in self.plan.stages[index].read_out]])
 
-        def rows() -> list:
-            stage = self.plan.stages[index]
-            of_x, of_output = (float(v) for v in self.plan.prediction.coefficients(self.plan.schedule, stage.time))
-            if not stage.guided:
-                return [[of_x, of_output]]
-            assert stage.guidance is not None
-            return [[of_x, *(of_output * float(weight) for weight in guiding.coefficients(stage.guidance))]]
+    def times(self, index: int, asked: int, first: Tensor, buffers: Buffers | None) -> Tensor:
+        """The network's time for every sample of a joined call, [asked B]."""
+        return self._told(("time", index), self.plan.stages[index].network_time, asked * first.shape[0], first, buffers)
 
-        return self._cached(("read out", index), rows)
+    def landing(self, index: int, size: int, first: Tensor, buffers: Buffers | None) -> Tensor:
+        """The network time of the jump's end, [size]."""
+        landing = self.plan.stages[index].landing
+        assert landing is not None
+        return self._told(("landing", index), landing, size, first, buffers)
 
-    def times(self, index: int, first: Tensor, buffers: Buffers | None) -> Tensor:
-        """The network's time for every sample of the call, [B] or [2 B]."""
-        stage = self.plan.stages[index]
-        batch = first.shape[0] * (2 if stage.guided else 1)
+    def other_times(self, index: int, number: int, first: Tensor, buffers: Buffers | None) -> Tensor:
+        """The time of one of the stage's further networks, [B]."""
+        told = self.plan.stages[index].others[number].network_time
+        return self._told(("time", index, number), told, first.shape[0], first, buffers)
+
+    def _told(self, what: Any, time: float, size: int, first: Tensor, buffers: Buffers | None) -> Tensor:
         if buffers is None:
-            return first.new_full((batch,), stage.network_time, dtype=self.dtype)
-        return buffers.keep(("time", index), lambda: first.new_full((batch,), stage.network_time, dtype=self.dtype))
+            return first.new_full((size,), time, dtype=self.dtype)
+        return buffers.keep(what, lambda: first.new_full((size,), time, dtype=self.dtype))
+
+
+def noises(inputs: tuple[str, ...]) -> int:
+    """How many of a stage's inputs are noise."""
+    return ("noise" in inputs) + (SHAPED in inputs)
 
 
 class Buffers(dict[Any, Any]):
-    """The tensors of one shape that runs of a plan reuse; by register name."""
+    """The tensors of one shape that runs of a plan reuse; by register name. `joined` is the input of joined calls."""
 
-    doubled: Tensor
+    joined: Tensor
 
     def keep(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self:
             with torch.inference_mode(False):
                 self[key] = make()
         return self[key]
+
+    def input_of(self, asked: int) -> Tensor:
+        """What a call of `asked` conditions reads; beyond two, the first's share is copied to the others here."""
+        if asked == 1:
+            return self["input"]
+        size = self["input"].shape[0]
+        share = self.keep(("joined", asked), lambda: self.joined[: asked * size])
+        if asked > 2:
+            share.unflatten(0, (asked, size))[1:].copy_(self["input"])
+        return share
 
 
 def buffers_of(plan: Plan, first: Tensor) -> Buffers:
@@ -94,13 +118,17 @@ def buffers_of(plan: Plan, first: Tensor) -> Buffers:
         return cache[key]
     buffers = Buffers()
     with torch.inference_mode(False):
-        if any(stage.guided for stage in plan.stages):
-            buffers.doubled = first.new_empty((2 * first.shape[0], *first.shape[1:]))
-            buffers["input"], buffers["second input"] = buffers.doubled[: len(first)], buffers.doubled[len(first) :]
+        most = max(len(stage.conditions) for stage in plan.stages)
+        if most > 1:
+            buffers.joined = first.new_empty((most * first.shape[0], *first.shape[1:]))
+            buffers["input"], buffers["second input"] = buffers.joined.split(len(first))[:2]
         elif any(stage.input_scale != 1.0 for stage in plan.stages):
             buffers["input"] = torch.empty(first.shape, dtype=first.dtype, device=first.device)
         for name in {"x", *(name for stage in plan.stages for name in stage.outputs if name != "input")}:
             buffers[name] = torch.empty(first.shape, dtype=first.dtype, device=first.device)
+        for name in {name for stage in plan.stages for part in stage.nonlinear for name in part.outputs}:
+            # guided estimates cancel and are bounded before they are rounded
+            buffers[name] = torch.empty(first.shape, dtype=coefficient_dtype(first), device=first.device)
     mine = [other for other in list(cache) if other[0] == "buffers"]
     for other in mine[: max(0, len(mine) + 1 - _KEPT_SHAPES)]:
         cache.pop(other, None)

@@ -3,18 +3,18 @@ float64.
 
 A stage calls the network on the scaled x, then maps its inputs to its outputs: outputs = matrix @ inputs. The registers
 are "x" (the state), "base" (a kept state), "d0", "d1", .. (slots of a ring of past clean-sample estimates), the
-network's columns "cond" and "uncond", "noise" (unit noise, always the last input), and the output "input" (what the
-next network call reads, already scaled).
+networks' columns ("cond", "uncond", .., see `Stage.conditions`, `answers` and `others`), what parts between network and
+map make of them, "noise" (unit noise, always the last input), and the output "input" (what the next network call reads,
+already scaled).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from fewstep.diffusion import guidance as guiding
 from fewstep.diffusion import prediction as predictions
 from fewstep.diffusion import schedules
 from fewstep.diffusion.prediction import Prediction
@@ -25,11 +25,44 @@ FORMAT = "fewstep.plan/1"
 
 
 @dataclasses.dataclass(frozen=True)
+class Call:
+    """A network asked beside the plan's own, known to a run by its role: a weak model, a classifier's gradient, a head.
+
+    It reads x times `input_scale`, is told `network_time` and the condition, and fills `columns`: one, or several of
+    equal channels. `prediction` is what a `Denoiser` in this role must predict, where that matters.
+    """
+
+    role: str
+    columns: tuple[str, ...]
+    network_time: float
+    input_scale: float = 1.0
+    prediction: Prediction | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What stands between network and map where the map alone will not do: registers to registers, in order.
+
+    `kind` "map" is matrix @ inputs; the others are named in `fewstep.solvers.parts` and take their numbers from
+    `options`.
+    """
+
+    kind: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    options: tuple[tuple[str, Any], ...] = ()
+    matrix: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
     """One network evaluation at `time` and the linear map towards `target`.
 
-    `noise` is 0, or k >= 1 for the k-th stochastic stage (its Philox stream, and its place in carried noise);
-    `nonlinear` names a pointwise part between network and map (none of today's solvers has one).
+    conditions: what the plan's network is asked, joined to one call: "cond", "uncond", "negative 0", ..; none for a
+    stage without a call. answers: what the network gives beside its prediction, for each condition (see `column`).
+    others: further networks. nonlinear: parts that stand between network and map. landing: the network time of the
+    jump's end, where the network is told it (a two-time student's s). read_out: the clean-sample estimate, by register.
+    noise: 0, or k >= 1 for the k-th stochastic stage (its Philox stream, and its place in carried noise).
     """
 
     time: float
@@ -41,15 +74,34 @@ class Stage:
     outputs: tuple[str, ...]
     matrix: tuple[tuple[float, ...], ...]
     noise: int = 0
-    nonlinear: str | None = None
+    conditions: tuple[str, ...] = ("cond",)
+    answers: tuple[str, ...] = ()
+    others: tuple[Call, ...] = ()
+    nonlinear: tuple[Part, ...] = ()
+    landing: float | None = None
+    read_out: tuple[tuple[str, float], ...] = ()
 
     @property
     def guided(self) -> bool:
-        return "uncond" in self.inputs
+        """Whether the network is asked with more than the condition, in one joined call."""
+        return len(self.conditions) > 1
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The registers that networks fill in this stage."""
+        own = [column(condition, answer) for condition in self.conditions for answer in ("", *self.answers)]
+        return (*own, *(name for call in self.others for name in call.columns))
 
     def row(self, output: str) -> dict[str, float]:
         """The coefficients of one output by input name."""
         return dict(zip(self.inputs, self.matrix[self.outputs.index(output)]))
+
+
+def column(condition: str, answer: str = "") -> str:
+    """The register of what a network answered: the condition's name for its prediction, the answer's for the rest."""
+    if not answer:
+        return condition
+    return answer if condition == "cond" else f"{condition} {answer}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +110,7 @@ class Plan:
 
     `options` are the keywords `plan()` was called with besides prediction and guidance, so that `plan(p.solver,
     p.schedule, steps, prediction=p.prediction, guidance=p.guidance, **p.options)` builds the same sampler for other
-    steps.
+    steps. `guided_by` is the guidance given, as JSON holds it.
     """
 
     solver: str
@@ -67,6 +119,7 @@ class Plan:
     stages: tuple[Stage, ...]
     initial_scale: float
     options: dict[str, Any]
+    guided_by: Any = None
     _device_cache: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __hash__(self) -> int:
@@ -78,7 +131,7 @@ class Plan:
     @property
     def evaluations(self) -> int:
         """Network calls; a guided call, which is one call of doubled batch, counts 1."""
-        return len(self.stages)
+        return sum(bool(stage.conditions) + len(stage.others) for stage in self.stages)
 
     @property
     def stochastic_stages(self) -> int:
@@ -89,6 +142,17 @@ class Plan:
     def guidance(self) -> float | None:
         """The largest guidance scale of any stage, None for an unguided plan."""
         return max((stage.guidance for stage in self.stages if stage.guidance is not None), default=None)
+
+    def guidance_at(self, scale: float | None = None) -> Any:
+        """What `plan` takes as guidance to guide other steps in the same form, at another scale or (None) its own."""
+        if isinstance(self.guided_by, Mapping):
+            return dict(self.guided_by) if scale is None else {**self.guided_by, "scale": scale}
+        return self.guidance if scale is None else scale
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The further networks a run must be given."""
+        return tuple(dict.fromkeys(call.role for stage in self.stages for call in stage.others))
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -105,6 +169,7 @@ class Plan:
                 "prediction": self.prediction.to_dict(),
                 "initial_scale": self.initial_scale,
                 "options": self.options,
+                "guidance": self.guided_by,
                 "stages": [dataclasses.asdict(stage) for stage in self.stages],
             }
         )
@@ -116,13 +181,15 @@ class Plan:
             data = json.loads(text)
             if data["format"] != FORMAT:
                 raise UserError(f"a plan of format {data['format']!r} cannot be read here; expected {FORMAT!r}.")
+            schedule, kind = schedules.from_dict(data["schedule"]), predictions.from_dict(data["prediction"])
             return cls(
                 solver=str(data["solver"]),
-                schedule=schedules.from_dict(data["schedule"]),
-                prediction=predictions.from_dict(data["prediction"]),
-                stages=tuple(_stage(stage) for stage in data["stages"]),
+                schedule=schedule,
+                prediction=kind,
+                stages=tuple(_stage(stage, schedule, kind) for stage in data["stages"]),
                 initial_scale=float(data["initial_scale"]),
                 options=dict(data["options"]),
+                guided_by=data.get("guidance"),
             )
         except UserError:
             raise
@@ -143,7 +210,8 @@ class Plan:
         lines = [head, f"{'':>3} {'time':>10} {'target':>10} {'tau':>10} {'net time':>10} {'scale':>9} {'w':>5}  map"]
         for number, stage in enumerate(self.stages):
             scale = "" if stage.guidance is None else f"{stage.guidance:g}"
-            maps = "; ".join(f"{name} = {_terms(stage.row(name))}" for name in stage.outputs)
+            parts = [f"{', '.join(part.outputs)} = {part.kind}({', '.join(part.inputs)})" for part in stage.nonlinear]
+            maps = "; ".join([*parts, *(f"{name} = {_terms(stage.row(name))}" for name in stage.outputs)])
             lines.append(
                 f"{number:>3} {stage.time:>10.5g} {stage.target:>10.5g} {self.schedule.ratio(stage.time):>10.4g} "
                 f"{stage.network_time:>10.5g} {stage.input_scale:>9.4g} {scale:>5}  {maps}"
@@ -156,109 +224,66 @@ def _terms(row: Mapping[str, float]) -> str:
     return " ".join(terms) or "0"
 
 
-def _stage(data: Mapping[str, Any]) -> Stage:
-    matrix = tuple(tuple(float(value) for value in row) for row in data["matrix"])
-    stage = Stage(**{**data, "inputs": tuple(data["inputs"]), "outputs": tuple(data["outputs"]), "matrix": matrix})
+def _stage(data: Mapping[str, Any], schedule: Schedule, prediction: Prediction) -> Stage:
+    given = {key: _frozen(value) for key, value in data.items()}
+    given["others"] = tuple(_call(call) for call in data.get("others", ()))
+    given["nonlinear"] = tuple(
+        Part(**{key: _frozen(value) for key, value in part.items()}) for part in data.get("nonlinear") or ()
+    )
+    if "conditions" not in data:  # a plan written before stages named them
+        of_x, of_output = (float(value) for value in prediction.coefficients(schedule, data["time"]))
+        weights = {"cond": 1.0}
+        if "uncond" in data["inputs"]:
+            weights = {"cond": data["guidance"], "uncond": 1.0 - data["guidance"]}
+        given["conditions"] = tuple(weights)
+        given["read_out"] = (("x", of_x), *((name, of_output * value) for name, value in weights.items()))
+    stage = Stage(**given)
+    matrix = stage.matrix
     if len(matrix) != len(stage.outputs) or any(len(row) != len(stage.inputs) for row in matrix):
         raise UserError(
             f"a stage of this plan has {len(matrix)} rows for outputs {stage.outputs} and inputs {stage.inputs}."
         )
-    known = (*_ORDER, "noise")
+    kept = ("x", "base", *stage.columns, *(name for part in stage.nonlinear for name in part.outputs))
     for name in (*stage.inputs, *(output for output in stage.outputs if output != "input")):
-        if name not in known:
-            raise choose("register", name, known)
+        if name not in (*kept, "noise") and not is_slot(name):
+            raise choose("register", name, (*kept, "d0", "d1", "noise"))
     return stage
+
+
+def _call(data: Mapping[str, Any]) -> Call:
+    kind = data.get("prediction")
+    given = {key: _frozen(value) for key, value in data.items()}
+    return Call(**{**given, "prediction": None if kind is None else predictions.from_dict(kind)})
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, all the way down."""
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def is_slot(name: str) -> bool:
+    """Whether a register is a slot of the history: "d0", "d1", .."""
+    return name[0] == "d" and name[1:].isdigit()
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One evaluation as a solver family writes it, in terms of the clean-sample estimate "D", the noise estimate "E"
-    or the raw output "F" of this evaluation.
+    """One evaluation as a solver family writes it, in terms of estimates of this evaluation: "D" of the clean sample,
+    "E" of the noise, "F" the raw output; all guided. "U" is the unconditional "D", "N" the unguided "E", "G" = E - N
+    what guidance adds.
 
-    `outputs` maps "x", "base" or a history slot ("d0", "d1", ..) to coefficients on "x", "base", "D", "E", "F", past
-    slots and "noise". `step` is the step of the grid it belongs to (guidance is chosen by step).
+    `outputs` maps "x", "base" or a history slot ("d0", "d1", ..) to coefficients on "x", "base", estimates, past slots,
+    "noise", and registers named by what follows. `step` is the step of the grid it belongs to (guidance is chosen by
+    step). answers: names of what the network gives beside its prediction, in order; as terms they are guided as the
+    prediction is. others: further networks, role -> their columns. parts: what shapes registers before the map.
+    landing: the time the network is told as the jump's end. A row without estimates and answers asks no network.
     """
 
     time: float
     target: float
     outputs: Mapping[str, Mapping[str, float]]
     step: int
-
-
-def compiled(
-    solver: str,
-    schedule: Schedule,
-    prediction: Prediction,
-    rows: Sequence[Row],
-    *,
-    guidance: Sequence[float | None],
-    initial_scale: float,
-    options: Mapping[str, Any],
-) -> Plan:
-    """Rows in D and E to a plan on raw network outputs: D = c_x x + c_out (w cond + (1 - w) uncond) is folded in (and E
-    likewise), outputs that nothing reads are dropped, and the next network input's scaling becomes one more row.
-    """
-    stages: list[Stage] = []
-    streams = 0
-    scales = [float(prediction.input_scale(schedule, row.time)) for row in rows]
-    scale_of = [guidance[row.step] if guiding.is_guided(guidance[row.step]) else None for row in rows]
-    for index, row in enumerate(rows):
-        weight = scale_of[index]
-        columns = {"cond": 1.0}
-        if weight is not None:
-            of_cond, of_uncond = guiding.coefficients(weight)
-            columns = {"cond": float(of_cond), "uncond": float(of_uncond)}
-
-        outputs: dict[str, dict[str, float]] = {}
-        for name, terms in row.outputs.items():
-            if name != "x" and not _is_read(name, rows[index + 1 :]):
-                continue
-            folded = {key: float(value) for key, value in terms.items() if key not in _ESTIMATES and value != 0.0}
-            for estimate, coefficients_of in _ESTIMATES.items():
-                if terms.get(estimate, 0.0) == 0.0:
-                    continue
-                of_x, of_output = (float(value) for value in coefficients_of(prediction, schedule, row.time))
-                folded["x"] = folded.get("x", 0.0) + terms[estimate] * of_x
-                for key, value in columns.items():
-                    folded[key] = folded.get(key, 0.0) + terms[estimate] * (of_output * value)
-            outputs[name] = folded
-        last = index + 1 == len(rows)
-        if not last and (scales[index + 1] != 1.0 or scale_of[index + 1] is not None):
-            outputs["input"] = {key: value * scales[index + 1] for key, value in outputs["x"].items()}
-
-        used = {key for terms in outputs.values() for key, value in terms.items() if value != 0.0}
-        network = {"cond"} | ({"uncond"} if weight is not None else set())
-        inputs = tuple(name for name in _ORDER if name in used | network) + tuple(["noise"] if "noise" in used else [])
-        streams += "noise" in used
-        stages.append(
-            Stage(
-                time=row.time,
-                target=row.target,
-                network_time=float(prediction.network_time(schedule, row.time)),
-                input_scale=scales[index],
-                guidance=weight,
-                inputs=inputs,
-                outputs=tuple(outputs),
-                matrix=tuple(tuple(terms.get(name, 0.0) for name in inputs) for terms in outputs.values()),
-                noise=streams if "noise" in used else 0,
-            )
-        )
-    plain = json.loads(json.dumps(dict(options)))
-    return Plan(solver, schedule, prediction, tuple(stages), float(initial_scale), plain)
-
-
-_ESTIMATES = {
-    "D": Prediction.coefficients,
-    "E": Prediction.noise_coefficients,
-    "F": lambda prediction, schedule, t: (0.0, 1.0),
-}
-_ORDER = ("x", "base", "cond", "uncond", "d0", "d1", "d2", "d3", "d4", "d5")
-
-
-def _is_read(name: str, later: Sequence[Row]) -> bool:
-    for row in later:
-        if any(terms.get(name, 0.0) != 0.0 for terms in row.outputs.values()):
-            return True
-        if name in row.outputs:
-            return False
-    return False
+    answers: tuple[str, ...] = ()
+    others: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
+    landing: float | None = None

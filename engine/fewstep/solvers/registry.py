@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from fewstep.diffusion import guidance as guiding
 from fewstep.diffusion import prediction as predictions
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError, choose
 from fewstep.solvers import grids
-from fewstep.solvers.plans import Plan, Row, compiled
+from fewstep.solvers.compiling import compiled
+from fewstep.solvers.plans import Part, Plan, Row
 
 Family = Callable[..., "list[Row] | tuple[list[Row], float]"]
 Registered = TypeVar("Registered", bound=Family)
@@ -28,6 +31,7 @@ class Solver:
 
 
 _SOLVERS: dict[str, Solver] = {}
+_PLUS_PLUS: dict[str, Family] = {}
 
 
 def register(
@@ -42,6 +46,16 @@ def register(
 
     def add(family: Registered) -> Registered:
         _SOLVERS[name] = Solver(family, summary, zero, default_grids or {})
+        return family
+
+    return add
+
+
+def register_plus_plus(name: str) -> Callable[[Registered], Registered]:
+    """Makes `family` the rows of solver `name` under CFG++, in terms of guided "D" and unconditional "U"."""
+
+    def add(family: Registered) -> Registered:
+        _PLUS_PLUS[name] = family
         return family
 
     return add
@@ -64,24 +78,30 @@ def plan(
     *,
     grid: grids.Grid | None = None,
     prediction: str | Prediction | Denoiser = "eps",
-    guidance: float | Sequence[float | None] | None = None,
+    guidance: Any = None,
     initial_scale: float | None = None,
+    threshold: Mapping[str, float] | None = None,
+    clip: float | None = None,
     **options: Any,
 ) -> Plan:
     """Compiles solver `name` to a `Plan`.
 
     `grid` is a name, {"name": name, option: value}, a list of steps + 1 times, or None for the default. A rising list
-    inverts: it takes a state at its first time. `guidance` is w in uncond + w (cond - uncond), for all steps or one per
-    step. `initial_scale` is what the executor multiplies the standard normal start by: sigma at the first time unless
-    given. Raises UserError for anything it does not know.
+    inverts: it takes a state at its first time. `guidance` is w in uncond + w (cond - uncond), or a form of guidance
+    ({"name": name, option: value}, see fewstep.diffusion.guidance), for all steps or one per step. `initial_scale` is
+    what the executor multiplies the standard normal start by: sigma at the first time unless given.
+
+    Clean-sample estimates are bounded by `clip` (clamped to [-clip, clip]) or `threshold` ({"quantile": 0.995, "least":
+    1.0, "most": ..}: clamped to that quantile of their magnitudes, kept within least and most, and divided by it;
+    2205.11487, section 2.3). Raises UserError for anything it does not know.
     """
     if name not in _SOLVERS:
         raise choose("solver", name, _SOLVERS)
-    solver = _SOLVERS[name]
     if not isinstance(schedule, Schedule):
         raise UserError(f"the schedule is {schedule!r}; give one made by fewstep.schedules.get(name).")
     kind = prediction.prediction if isinstance(prediction, Denoiser) else predictions.get(prediction)
-    known = [key for key in list(inspect.signature(solver.family).parameters)[2:] if key != "prediction"]
+    family = _family(name, guidance)
+    known = [key for key in list(inspect.signature(family).parameters)[2:] if key != "prediction"]
     for option in options:
         if option not in known:
             if not known:
@@ -93,11 +113,11 @@ def plan(
             f"a rising grid starts at t={times[0]!r}, where sigma is zero and the noise is undetermined; "
             f"start it above, for example at t_min={schedule.t_min!r}."
         )
-    scales = _per_step(guidance, steps)
-    needs = {"prediction": kind} if "prediction" in inspect.signature(solver.family).parameters else {}
-    made = solver.family(schedule, times, **needs, **options)
+    needs = {"prediction": kind} if "prediction" in inspect.signature(family).parameters else {}
+    made = family(schedule, times, **needs, **options)
     rows, own_scale = made if isinstance(made, tuple) else (made, float(schedule.sigma(times[0])))
     used = {"grid": _shown(grid, times), **options}
+    used.update({key: value for key, value in (("threshold", threshold), ("clip", clip)) if value is not None})
     if initial_scale is not None:
         used["initial_scale"] = float(initial_scale)
     else:
@@ -107,9 +127,11 @@ def plan(
         schedule,
         kind,
         rows,
-        guidance=scales,
+        guidance=guiding.per_step(guidance, [float(schedule.ratio(t)) for t in times[:-1]]),
         initial_scale=initial_scale,
         options=used,
+        limit=_limit(threshold, clip),
+        guided_by=guidance,
     )
 
 
@@ -128,11 +150,33 @@ def _shown(grid: grids.Grid | None, times: Sequence[float]) -> Any:
     return dict(grids.portable(grid)) if isinstance(grid, Mapping) else list(times)
 
 
-def _per_step(guidance: float | Sequence[float | None] | None, steps: int) -> list[float | None]:
-    given = list(guidance) if isinstance(guidance, Sequence) and not isinstance(guidance, str) else [guidance] * steps
-    if len(given) != steps:
-        raise UserError(f"guidance has {len(given)} entries for {steps} steps; give one number, or one per step.")
-    for value in given:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise UserError(f"guidance is {value!r}; give a number, None, or one of these per step.")
-    return [None if value is None else float(value) for value in given]
+def _family(name: str, guidance: Any) -> Family:
+    """The solver's rows, or its rows under CFG++."""
+    given = guidance if isinstance(guidance, Sequence) and not isinstance(guidance, str) else [guidance]
+    if not any(isinstance(guiding.get(one), guiding.PlusPlus) for one in given):
+        return _SOLVERS[name].family
+    if name not in _PLUS_PLUS:
+        raise choose("solver with rows for guidance 'cfg++',", name, _PLUS_PLUS)
+    return _PLUS_PLUS[name]
+
+
+def _limit(threshold: Mapping[str, float] | None, clip: float | None) -> Part | None:
+    """The part that bounds clean-sample estimates."""
+    if threshold is not None and clip is not None:
+        raise UserError("plan got both threshold and clip; give one of them.")
+    if clip is not None:
+        if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0:
+            raise UserError(f"clip is {clip!r}; give a number above 0, or None.")
+        return Part("clamp", (), (), (("most", float(clip)),))
+    if threshold is None:
+        return None
+    if not isinstance(threshold, Mapping):
+        raise UserError(f"threshold is {threshold!r}; give {{'quantile': 0.995, 'most': 1.0}} or the like, or None.")
+    numbers = {"quantile": 0.995, "least": 1.0, "most": math.inf}
+    for key, value in threshold.items():
+        if key not in numbers:
+            raise choose("option of threshold,", key, numbers)
+        numbers[key] = float(value)
+    if not (0.0 <= numbers["quantile"] <= 1.0 and 0.0 < numbers["least"] <= numbers["most"]):
+        raise UserError(f"threshold is {dict(threshold)!r}; give 0 <= quantile <= 1 and 0 < least <= most.")
+    return Part("threshold", (), (), tuple((key, value) for key, value in numbers.items() if math.isfinite(value)))
