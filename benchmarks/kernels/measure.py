@@ -96,7 +96,7 @@ def publish(name: str, cases: list[dict], device: str = "cpu", folder: Path = RE
     for case in cases:
         print(f"\n{described(case)}")
         for row, values in case["results"].items():
-            columns = "".join(f"{key.replace('_', ' ')} {value:<10}" for key, value in values.items())
+            columns = "".join(f"{key.replace('_', ' ')} {value!s:<10}" for key, value in values.items())
             print(f"  {row:28}{columns}")
     folder.mkdir(parents=True, exist_ok=True)
     record = {

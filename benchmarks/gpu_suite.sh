@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, in stages of less than ten minutes each:
+#
+#   benchmarks/gpu_suite.sh build              csrc with g++ and nvcc, then every operator's self-test
+#   benchmarks/gpu_suite.sh test [pytest arguments]
+#   benchmarks/gpu_suite.sh sync               the host waits for nothing
+#   benchmarks/gpu_suite.sh graph              CUDA graphs: whole sampler runs, operators, an optimiser step
+#   benchmarks/gpu_suite.sh bench [operator ...]
+#   benchmarks/gpu_suite.sh all                build, test, sync, graph, bench
+#
+# --dry-run before the stage tries it on the CPU, small: for errors, not for numbers. PYTHON (python3, or .venv's) runs
+# it from the sources, installed or not; logs and results go to OUT (benchmarks/results).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+device=cuda
+extra=()
+if [ "${1:-}" = "--dry-run" ]; then
+    device=cpu
+    extra=(--small)
+    shift
+fi
+stage=${1:-help}
+[ $# -gt 0 ] && shift
+
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
+fi
+OUT=${OUT:-benchmarks/results}
+mkdir -p "$OUT"
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD/engine:$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+# compiled Triton and Inductor kernels are kept between calls, beside the tests' own cache
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/.cache/triton}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/.cache/inductor}
+
+build() {
+    [ "$device" = cpu ] || "$PYTHON" setup.py -q build_ext --inplace
+    "$PYTHON" - <<'PYTHON'
+import sys
+import fewstep_kernels
+
+print(*(f"{line['operator']:20} {line['device']:5} {line['backend']:10} {line['why']}" for line in fewstep_kernels.report()), sep="\n")
+checks = fewstep_kernels.self_test()
+print(*(check.problem or f"{check.operator:20} {check.device:5} {check.backend:10} {check.error:.1e}" for check in checks), sep="\n")
+sys.exit(any(check.problem for check in checks))
+PYTHON
+}
+
+tests() {
+    if [ "$device" = cpu ]; then
+        # collected and its imports done; the tests of the kernels themselves are tried by FEWSTEP_TEST_DEVICE=cpu
+        "$PYTHON" -m pytest -q --collect-only -m gpu tests/kernels "$@" | tail -n 3
+    else
+        "$PYTHON" -m pytest -q -m gpu tests/kernels "$@"
+        "$PYTHON" -m pytest -q tests/kernels/test_self_test.py tests/kernels/test_backends.py
+    fi
+}
+
+case "$stage" in
+build) build ;;
+test) tests "$@" ;;
+sync) "$PYTHON" benchmarks/gpu/sync.py --device "$device" ;;
+graph) "$PYTHON" benchmarks/gpu/graph.py --device "$device" ;;
+bench) "$PYTHON" benchmarks/gpu/bench.py "$@" --device "$device" --out "$OUT" "${extra[@]}" ;;
+all)
+    again=()
+    [ "$device" = cpu ] && again=(--dry-run)
+    for part in build test sync graph bench; do
+        echo "== $part"
+        benchmarks/gpu_suite.sh "${again[@]}" "$part"
+    done
+    ;;
+*)
+    sed -n '2,13s/^# \{0,1\}//p' "$0"
+    [ "$stage" = help ] || { echo "gpu_suite.sh: unknown stage '$stage'; choose build, test, sync, graph, bench or all." >&2; exit 2; }
+    ;;
+esac
