@@ -16,7 +16,7 @@ Command = Callable[[argparse.Namespace], None]
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="YAML recipe, such as recipes/digits_teacher.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example method.ema_decay=0.99")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.ema.decay=0.99")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last good checkpoint in the output folder"
     )

@@ -85,7 +85,7 @@ def _head(results: Mapping[str, Any]) -> str:
     tiles = [(f"{best['frechet']:.2f}", f"Fréchet distance, {_label(name)} at {evaluations}")]
     if rival:
         ratio = best["frechet"] / rival["frechet"]
-        sentence += f"; its teacher needs 32 for {rival['frechet']:.2f}"
+        sentence += f"; its teacher at 32 evaluations is at {rival['frechet']:.2f}"
         tiles.append((f"{ratio:.2f}×", f"the teacher’s at 32 evaluations, {rival['frechet']:.2f}"))
     speed = _speed(results, evaluations)
     if speed:
