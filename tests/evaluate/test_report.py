@@ -144,7 +144,8 @@ def test_the_page_holds_all_the_numbers(page):
 def test_the_headline_compares_one_evaluation_with_the_teachers_32(page):
     headline = re.search("<h1>(.*?)</h1>", page)[1]
     assert headline == (
-        "With one network evaluation the DMD2 student scores a Fréchet distance of 4.15; its teacher at 32 evaluations is at 3.83."
+        "With one network evaluation the DMD2 student scores a Fréchet distance of 4.15; "
+        "its teacher at 32 evaluations is at 3.83."
     )
 
 
