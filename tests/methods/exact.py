@@ -28,7 +28,10 @@ class Affine(nn.Module):
 
 
 class GaussianDenoiser(nn.Module):
-    """D of N(mean, std^2) (cards, T1), its law a live function: the exact critic of a student that moves."""
+    """The posterior mean, mean + alpha std^2 / (alpha^2 std^2 + sigma^2) (x - alpha mean), under N(mean, std^2).
+
+    The law is a live function: the exact critic of a student that moves.
+    """
 
     def __init__(self, law, schedule, prediction=None) -> None:
         super().__init__()

@@ -40,14 +40,14 @@ def test_the_best_affine_teacher_is_the_exact_denoiser(name, kind, quantile):
     method, t = method_on(schedule, kind, student, quantile)
     root_of_gradient(lambda: method.loss(design_batch(), SecondPattern()), student)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)  # T1
+    gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)  # of the posterior mean
     assert float(student.slope.detach()) == pytest.approx(gain, rel=1e-8)
     assert float(student.intercept.detach()) == pytest.approx(MEAN - gain * alpha * MEAN, rel=1e-8)
 
 
 @pytest.mark.parametrize("quantile", [1e-4, 0.01, 0.3, 1.0])
 def test_with_data_of_edms_own_width_the_exact_denoisers_loss_is_one_at_every_level(quantile):
-    """Card 26: lambda(sigma) E|D - x0|^2 = 1 for N(0, sigma_data^2)."""
+    """lambda(sigma) E|D - x0|^2 = 1 for N(0, sigma_data^2), lambda as in arXiv:2206.00364, equation 8 and table 1."""
     schedule = schedules.get("edm")
     exact = GaussianDenoiser(lambda cond: (0.0, 0.5), schedule)
     method, _ = method_on(schedule, "edm", exact, quantile)

@@ -76,7 +76,7 @@ def test_descent_reaches_the_teachers_law(normalise):
 
 
 def test_guidance_moves_the_real_score_only():
-    """T5: with labels of one width the guided teacher is the Gaussian of mean m_u + w (m_c - m_u)."""
+    """With labels of one width the guided teacher is the Gaussian of mean m_u + w (m_c - m_u)."""
     a, b, w = 0.9, 0.4, 3.0
     means = torch.tensor([-0.4, 0.8, 0.1], dtype=torch.float64)
     cond = torch.ones(4, dtype=torch.int64)

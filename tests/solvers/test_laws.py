@@ -1,7 +1,7 @@
 """Stochastic solvers give the data's law at their weak order, propagated exactly: on a Gaussian they are all affine.
 
-No Monte Carlo: a plan is run on unit vectors of its 1 + S independent normals. The mean of a linear solver is right
-whatever its order (solvers card, section 2), so the spread is what is measured.
+No Monte Carlo: a plan is run on unit vectors of its 1 + S independent normals. The mean is right whatever the order,
+since every row keeps alpha times a constant clean sample (test_rows.py), so the spread is what is measured.
 """
 
 from __future__ import annotations

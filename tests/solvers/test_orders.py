@@ -1,4 +1,5 @@
-"""Solvers converge to the exact probability-flow map at their theoretical order (solvers card, section 3.2).
+"""Solvers converge to the exact probability-flow map at their theoretical order (arXiv:2206.00927, theorem 3.2, for
+DPM-Solver; arXiv:2302.04867, section 3, for UniPC; the others' as for linear multistep and exponential integrators).
 
 The mixture's components overlap: where they do not, paths near the divide are not resolved by 64 steps of order 1.
 """

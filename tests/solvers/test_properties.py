@@ -175,7 +175,7 @@ FIRST_ORDER = [
 @pytest.mark.parametrize(("solver", "options"), FIRST_ORDER)
 @pytest.mark.parametrize("name", schedules.names())
 def test_stochastic_first_order_rows_keep_the_noise_level(name, solver, options):
-    """(of x sigma)^2 + (of noise)^2 = sigma'^2 in every row (solvers card, section 2, invariant 3)."""
+    """(of x sigma)^2 + (of noise)^2 = sigma'^2 in every row (arXiv:2010.02502, lemma 1)."""
     schedule = schedules.get(name)
     plan = solvers.plan(solver, schedule, 7, grid=falling(schedule, 7), prediction="x0", **options)
     assert plan.stochastic_stages >= 6
