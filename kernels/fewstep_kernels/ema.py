@@ -16,11 +16,13 @@ whatever the number of updates: a step d costs a variance of at most |d| ulp, an
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from . import backends, native, noise, registration
 from .layout import is_dense
@@ -131,6 +133,73 @@ def _call_c(
     )
 
 
+def _move(
+    averages: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    decays: Sequence[float],
+    on_device: Sequence[Tensor | None],
+    seed: int | None,
+    update: float,
+    update_on_device: Tensor | None,
+    origins: Sequence[int],
+) -> None:
+    """The raw operator: averages one profile after another; a number on the device is read in place of the other."""
+    count = len(parameters)
+    profiles = [averages[k * count : (k + 1) * count] for k in range(len(decays))]
+    rates = given_scalars(decays, on_device)
+    number = update if update_on_device is None else update_on_device
+    groups: dict[torch.device, list[int]] = {}
+    for i, parameter in enumerate(parameters):
+        groups.setdefault(parameter.device, []).append(i)
+    for device, members in groups.items():
+        fast: list[int] = []
+        if backends.choose("ema_update", device.type)[0] != "reference":
+            fast = [i for i in members if all(fits(profile[i], parameters[i]) for profile in profiles)]
+        if fast:
+            own = [[profile[i] for i in fast] for profile in profiles]
+            _call_c(own, [parameters[i] for i in fast], rates, [origins[i] for i in fast], seed, number)
+        rest = sorted(set(members) - set(fast))
+        if rest:
+            _by_reference(profiles, parameters, rates, seed, number, origins, rest)
+
+
+def _by_reference(profiles, parameters, decays, seed, update, origins, members) -> None:
+    values, begin = [parameters[i] for i in members], [origins[i] for i in members]
+    for k, (profile, decay) in enumerate(zip(profiles, decays)):
+        own = [profile[i] for i in members]
+        reference(own, values, decay, seed=seed, update=update, profile=k, origins=begin)
+
+
+_raw = registration.define(
+    "_ema_update(Tensor(a!)[] averages, Tensor[] parameters, float[] decays, Tensor?[] decays_on_device, int? seed, "
+    "float update, Tensor? update_on_device, int[] origins) -> ()",
+    _move,
+    lambda *given: None,
+)
+
+
+def given_scalars(values: Sequence[float], on_device: Sequence[Tensor | None]) -> list[Scalar]:
+    """Numbers as raw operators take them (numbers, and tensors in place of some), as everybody else does."""
+    return [value if tensor is None else tensor for value, tensor in zip(values, on_device)]
+
+
+def taken_scalars(given: Sequence[Scalar]) -> tuple[list[float], list[Tensor | None]]:
+    """The inverse of `given_scalars`."""
+    on_device = [value if isinstance(value, Tensor) else None for value in given]
+    return [0.0 if isinstance(value, Tensor) else float(value) for value in given], on_device
+
+
+def refuse_transforms(name: str, tensors: Iterable[Tensor]) -> None:
+    """Raise RuntimeError for tensors of a function transform, or with tangents: what writes in place has no
+    derivatives."""
+    for x in tensors:
+        if is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                f"{name} writes in place and has no derivatives; call it outside torch.func's transforms and "
+                "dual levels."
+            )
+
+
 def check_scalar(name: str, value: Scalar, device: torch.device, least: float, most: float) -> None:
     """Raise ValueError unless value is a float in [least, most], or a 0-d tensor on the device (whose value is not
     read)."""
@@ -196,18 +265,14 @@ def ema_update(
     starts = element_origins(parameters) if origins is None else list(origins)
     if len(starts) != len(parameters) or any(start % _ROOM or start < 0 for start in starts):
         raise ValueError(f"origins must hold a multiple of 8 for each of {len(parameters)} parameters; got {starts}.")
-    groups: dict[torch.device, list[int]] = {}
-    for i, parameter in enumerate(parameters):
-        groups.setdefault(parameter.device, []).append(i)
-    for device, members in groups.items():
-        fast: list[int] = []
-        if backends.choose("ema_update", device.type)[0] != "reference" and not registration.tracing():
-            fast = [i for i in members if all(fits(profile[i], parameters[i]) for profile in profiles)]
-        if fast:
-            own = [[profile[i] for i in fast] for profile in profiles]
-            _call_c(own, [parameters[i] for i in fast], decays, [starts[i] for i in fast], seed, update)
-        rest = sorted(set(members) - set(fast))
-        if rest:
-            values, begin = [parameters[i] for i in rest], [starts[i] for i in rest]
-            for p, (profile, rate) in enumerate(zip(profiles, decays)):
-                reference([profile[i] for i in rest], values, rate, seed=seed, update=update, profile=p, origins=begin)
+    numbers, on_device = taken_scalars(decays)
+    number, number_on_device = (0, update) if isinstance(update, Tensor) else (update, None)
+    flat = [average for profile in profiles for average in profile]
+    if registration.tracing():
+        _by_reference(profiles, parameters, decays, seed, update, starts, range(len(parameters)))
+        return
+    quiet = registration.quiet()
+    if not quiet:
+        refuse_transforms("ema_update", (*flat, *parameters))
+    (_move if quiet else _raw)(flat, parameters, numbers, on_device, seed, number, number_on_device, starts)
+    torch.autograd.graph.increment_version(flat)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fewstep_kernels import backend, ema_update
-from fewstep_kernels.ema import reference
+from fewstep_kernels.ema import element_origins, reference
 
 SHAPES = ((1,), (63,), (3, 5), (0,), (500, 7), (), (1024,), (8191,))
 
@@ -58,9 +60,9 @@ def test_layouts_that_differ_or_have_holes():
         torch.zeros(4, 3, 5, 12)[..., ::2],
     )
     for average in cases:
-        for given in (parameter, parameter.to(memory_format=torch.channels_last)):
+        for laid in (parameter, parameter.to(memory_format=torch.channels_last)):
             average.zero_()
-            ema_update([average], [given], 0.75)
+            ema_update([average], [laid], 0.75)
             torch.testing.assert_close(average, parameter * 0.25)
     holes = torch.zeros(4, 12)
     ema_update([holes[:, ::2]], [torch.ones(4, 12)[:, ::2]], 0.75)
@@ -99,6 +101,73 @@ def test_it_follows_a_moving_parameter_like_the_closed_form():
 def test_what_does_not_fit_is_said(averages, parameters, decay, words):
     with pytest.raises(ValueError, match=words):
         ema_update(averages, parameters, decay)
+
+
+def test_the_raw_operator_keeps_torch_s_rules():
+    averages, parameters = tensors(torch.float32, 1)[:4], tensors(torch.bfloat16, 2)[:4]
+    origins = element_origins(parameters)
+    raw = torch.ops.fewstep_kernels._ema_update.default
+    two = [*averages, *(a.bfloat16() for a in averages)]
+    for seed, update in ((None, None), (3, torch.tensor(2))):
+        rates = ([0.9, 0.0], [None, torch.tensor(0.5)])
+        torch.library.opcheck(raw, (two, parameters, *rates, seed, 1.0, update, origins))
+
+
+def test_a_compiled_step_and_a_watched_one_equal_the_eager_one():
+    parameters = tensors(torch.float32, 2)
+    step = torch.compile(lambda a, p, d: ema_update([a, a[:]], p, [0.9, d]), fullgraph=True)
+    eager, compiled, watched = (tensors(torch.float32, 1) for _ in range(3))
+    ema_update([eager, eager[:]], parameters, [0.9, torch.tensor(0.5)])
+    step(compiled, parameters, torch.tensor(0.5))
+    with torch.profiler.profile() as profile:
+        ema_update([watched, watched[:]], parameters, [0.9, torch.tensor(0.5)])
+    assert any(event.key == "fewstep_kernels::_ema_update" for event in profile.key_averages())
+    assert all(torch.equal(a, b) for a, b in zip(eager, watched))
+    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)  # two float32 roundings each
+
+
+def test_autograd_notices_that_an_average_moved():
+    average, x = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    answer = (x * average).sum()
+    ema_update([average], [torch.zeros(3)], 0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        answer.backward()
+
+
+def test_function_transforms_are_refused():
+    def moved(x):
+        ema_update([torch.zeros(3)], [x], 0.5)
+        return x.sum()
+
+    for transform in (torch.func.grad, torch.func.vmap):
+        with pytest.raises(RuntimeError, match="ema_update writes in place and has no derivatives"):
+            transform(moved)(torch.ones(2, 3)[0] if transform is torch.func.grad else torch.ones(2, 3))
+
+
+DTYPES = st.sampled_from((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 70), max_size=3).map(tuple), min_size=1, max_size=4),
+    dtypes=st.tuples(DTYPES, DTYPES, DTYPES),
+    decays=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=3),
+    transposed=st.booleans(),
+)
+def test_any_shapes_dtypes_and_decays(shapes, dtypes, decays, transposed):
+    def draw(shape, dtype):
+        x = torch.randn(shape).to(dtype)
+        return x.transpose(0, -1) if transposed and x.ndim > 1 else x
+
+    parameters = [draw(shape, dtypes[i % 2]) for i, shape in enumerate(shapes)]
+    profiles = [[torch.randn(p.shape).to(dtypes[1 + k % 2]) for p in parameters] for k in range(len(decays))]
+    expected = [[a.clone() for a in averages] for averages in profiles]
+    ema_update(profiles, parameters, decays)
+    for averages, others, decay in zip(profiles, expected, decays):
+        reference(others, parameters, decay)
+        for ours, other in zip(averages, others):
+            eps = torch.finfo(ours.dtype).eps if ours.dtype != torch.float32 else 1e-6  # one rounding; two of float32
+            torch.testing.assert_close(ours, other, rtol=2 * eps, atol=2 * max(eps * 1e-2, 1e-6), equal_nan=True)
 
 
 def test_nothing_to_do():
