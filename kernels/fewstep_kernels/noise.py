@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_functorch_wrapped_tensor
 
 from . import backends, native, registration
 
@@ -243,7 +244,7 @@ def _draw(kind: str, seeds: Tensor, count: int, stream: int, dtype: torch.dtype)
         block = min(1024, max(16, triton.next_power_of_2(count)))
         blocks = triton.cdiv(count, block)
         bits = 0 if kind == "normal" else _UNIFORM_BITS[dtype]
-        with torch.cuda.device_of(seeds):
+        with native.on_device_of(seeds):
             draw_kernel[(len(seeds) * blocks,)](
                 seeds, stream, out, count, blocks, BITS=bits, BLOCK=block, num_warps=4, enable_fp_fusion=False
             )
@@ -261,8 +262,11 @@ _raw = registration.define(
 
 def draw(kind: str, seeds: Tensor, count: int, stream: int, dtype: torch.dtype) -> Tensor:
     """[B, count] numbers; kind is "normal" or "uniform". Seeds have no derivatives; under vmap the reference serves."""
-    if registration.tracing() or torch._C._functorch.is_batchedtensor(seeds):
+    if registration.tracing() or is_batchedtensor(seeds):
         return (normal_reference if kind == "normal" else uniform_reference)(seeds, count, stream, dtype)
+    # A transform's backward pass runs with no level on the stack, on seeds that it still wraps.
+    if type(seeds) is Tensor and not is_functorch_wrapped_tensor(seeds) and registration.quiet():
+        return _draw(kind, seeds, count, stream, dtype)
     return _raw(kind, seeds, count, stream, dtype)
 
 
