@@ -13,295 +13,19 @@ help where N x M scores fit in a cache anyway.
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from . import attention_primal as primal
-from . import backends, registration
+from . import registration
+from .attention_derivatives import attend, carry
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tq: Tensor | None,
-    tk: Tensor | None,
-    tv: Tensor | None,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    scale: float = 1.0,
-    tmask: Tensor | None = None,
-    whole: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The defining implementation in plain torch operations: (out, d_out [B, H, N, E], log-sum-exp [B, H, N]).
-
-    A tangent that is None is zero; tmask is the tangent of an added mask. Works through tiles of at most some
-    `attention_primal.SCORES` scores (whole: one tile, as a compiler with symbolic lengths needs it).
-    """
-    accumulate, heads = primal.wide(q.dtype), k.shape[1]
-    if k.shape[2] == 0 or q.numel() == 0 or v.shape[3] == 0:
-        out, lse = primal.formulas(q, k, v, mask, causal, scale, whole)
-        return out, torch.zeros_like(out), lse
-    repeats = q.shape[1] // heads
-    queries, keys, values = primal.grouped(q, heads), k.to(accumulate), v.to(accumulate)
-    moving_queries = None if tq is None else primal.grouped(tq, heads)
-    moving_keys = None if tk is None else tk.to(accumulate)
-    moving_values = None if tv is None else tv.to(accumulate)
-    moving_mask = None if tmask is None else primal.grouped(tmask.expand(*q.shape[:3], k.shape[2]), heads)
-    results: tuple[list[list[Tensor]], ...] = ([], [], [])
-    for stripe in primal.tiles(q, k, whole):
-        for parts in results:
-            parts.append([])
-        for tile in stripe:
-            part = tile[:2]
-            rows = primal.folded(queries, tile, accumulate) * scale
-            e, total, highest = primal.exponentials(rows, keys[part], mask, causal, tile, repeats)
-            out = (e @ values[part]) / total
-            change = None
-            if moving_queries is not None:
-                moved = primal.folded(moving_queries, tile, accumulate) * scale
-                change = moved @ keys[part].transpose(-1, -2)
-            if moving_keys is not None:
-                moved = rows @ moving_keys[part].transpose(-1, -2)
-                change = moved if change is None else change + moved
-            if moving_mask is not None:
-                moved = primal.folded(moving_mask, tile, accumulate)
-                change = moved if change is None else change + moved
-            tangent = torch.zeros_like(out)
-            if change is not None:
-                weights = e * change
-                tangent = (weights @ values[part] - weights.sum(-1, keepdim=True) * out) / total
-            if moving_values is not None:
-                tangent = tangent + (e @ moving_values[part]) / total
-            lse = (highest + total.log()).detach().squeeze(-1)
-            for parts, x in zip(results, (out.to(q.dtype), tangent.to(q.dtype), lse)):
-                parts[-1].append(x.unflatten(2, (repeats, -1)))
-    out, tangent, lse = (primal.assemble(parts, q, heads) for parts in results)
-    return out, tangent, lse
-
-
-def _attention_jvp(q, k, v, tq, tk, tv, mask, causal, scale):
-    if backends.choose("attention_jvp", q.device.type)[0] == "triton":
-        from . import attention_jvp_kernels as kernels
-
-        if kernels.serves(q, k, v):
-            return kernels.call(q, k, v, tq, tk, tv, mask, causal, scale)
-    return reference(q, k, v, tq, tk, tv, mask, causal, scale)
-
-
-def _empty(q, k, v, tq, tk, tv, mask, causal, scale):
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    return out, torch.empty_like(out), q.new_empty(q.shape[:3], dtype=primal.wide(q.dtype))
-
-
-_raw = registration.define(
-    "_attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? mask, bool causal, "
-    "float scale) -> (Tensor, Tensor, Tensor)",
-    _attention_jvp,
-    _empty,
-)
-
-
-def _gradients(gradient, q, k, v, out, lse, mask, causal, scale, with_mask) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v and the mask: fused where nothing differentiates them again, else plain operations."""
-    given = [x for x in (gradient, q, k, v, mask) if x is not None]
-    if with_mask or registration.tracing() or registration.differentiating(given):
-        return primal.gradients(gradient, q, k, v, mask, causal, scale, with_mask)
-    return (*primal.backward(gradient, q, k, v, out, lse, mask, causal, scale), None)
-
-
-def _fold(folds: int, batch: int, x: Tensor | None, dim: int | None, mask: bool = False) -> Tensor | None:
-    """A mapped dimension folded into the batch: [V * B, ...]; a mask that is the same for all stays."""
-    if x is None or (mask and dim is None and x.shape[0] == 1):
-        return x
-    x = x.expand(folds, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.expand(folds, batch, *x.shape[2:]).flatten(0, 1)
-
-
-def _mapped_batch(tensors, dims) -> int:
-    x, dim = next((x, dim) for x, dim in zip(tensors, dims) if x is not None)
-    return x.shape[0] if dim is None else x.movedim(dim, 0).shape[1]
-
-
-class _Attention(torch.autograd.Function):
-    """Gradient: torch's fused backward from the log-sum-exp. Tangent: `attention_jvp`."""
-
-    @staticmethod
-    def forward(q, k, v, mask, causal, scale):
-        return primal.forward(q, k, v, mask, causal, scale)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        q, k, v, mask, ctx.causal, ctx.scale = inputs
-        out, lse = output
-        ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, mask, out, lse)
-        ctx.save_for_forward(q, k, v, mask)
-
-    @staticmethod
-    def backward(ctx, gradient, _lse):
-        if gradient is None:
-            return (None,) * 6
-        q, k, v, mask, out, lse = ctx.saved_tensors
-        found = _gradients(gradient, q, k, v, out, lse, mask, ctx.causal, ctx.scale, ctx.needs_input_grad[3])
-        return (*found, None, None)
-
-    @staticmethod
-    def jvp(ctx, tq, tk, tv, tmask, _causal, _scale):
-        q, k, v, mask = ctx.saved_tensors[:4]
-        return _carry(q, k, v, tq, tk, tv, mask, ctx.causal, ctx.scale, tmask)[1], None
-
-    @staticmethod
-    def vmap(info, in_dims, q, k, v, mask, causal, scale):
-        folds, batch = info.batch_size, _mapped_batch((q, k, v), in_dims)
-        q, k, v = (_fold(folds, batch, x, dim) for x, dim in zip((q, k, v), in_dims))
-        out, lse = _attend(q, k, v, _fold(folds, batch, mask, in_dims[3], mask=True), causal, scale)
-        return (out.unflatten(0, (folds, batch)), lse.unflatten(0, (folds, batch))), (0, 0)
-
-
-def _again(given: Sequence[Any], places: Sequence[int], causal: bool, scale: float) -> Callable[..., Any]:
-    """(out, d_out) by the reference as a function of the arguments at `places`, for second derivatives."""
-
-    def again(*moving: Tensor) -> tuple[Tensor, Tensor]:
-        full = list(given)
-        for i, x in zip(places, moving):
-            full[i] = x
-        q, k, v, tq, tk, tv, mask = full
-        return reference(q, k, v, tq, tk, tv, mask, causal, scale)[:2]
-
-    return again
-
-
-class _Tangent(torch.autograd.Function):
-    """`attention_jvp`, differentiable once more. The gradient that comes through `out` alone is torch's fused one; what
-    comes through the tangent is recomputed by the reference."""
-
-    @staticmethod
-    def forward(q, k, v, tq, tk, tv, mask, causal, scale):
-        return _raw(q, k, v, tq, tk, tv, mask, causal, scale)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.causal, ctx.scale = inputs
-        out, _, lse = output
-        ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, out, lse)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(ctx, gradient, tangent_gradient, _lse):
-        *tensors, mask, out, lse = ctx.saved_tensors
-        result: list[Any] = [None] * 9
-        if tangent_gradient is None:
-            if gradient is not None:
-                masked = ctx.needs_input_grad[6]
-                q, k, v = tensors[:3]
-                found = _gradients(gradient, q, k, v, out, lse, mask, ctx.causal, ctx.scale, masked)
-                result[0], result[1], result[2], result[6] = found
-            return tuple(result)
-        given = [*tensors, mask]
-        places = [i for i in range(7) if ctx.needs_input_grad[i]]
-        again = _again(given, places, ctx.causal, ctx.scale)
-        if gradient is None:
-            gradient = torch.zeros_like(out)
-        found = torch.func.vjp(again, *(given[i] for i in places))[1]((gradient, tangent_gradient))  # type: ignore[misc]
-        for i, x in zip(places, found):
-            result[i] = x
-        return tuple(result)
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        given = list(ctx.saved_tensors[:7])
-        places = [i for i in range(7) if tangents[i] is not None]
-        again = _again(given, places, ctx.causal, ctx.scale)
-        primals = tuple(given[i] for i in places)
-        changes = torch.func.jvp(again, primals, tuple(tangents[i] for i in places))[1]  # type: ignore[misc]
-        return (*changes, None)
-
-    @staticmethod
-    def vmap(info, in_dims, q, k, v, tq, tk, tv, mask, causal, scale):
-        tensors = (q, k, v, tq, tk, tv)
-        folds, batch = info.batch_size, _mapped_batch(tensors, in_dims)
-        q, k, v, tq, tk, tv = (_fold(folds, batch, x, dim) for x, dim in zip(tensors, in_dims))
-        outputs = _carry(q, k, v, tq, tk, tv, _fold(folds, batch, mask, in_dims[6], mask=True), causal, scale)
-        return tuple(x.unflatten(0, (folds, batch)) for x in outputs), (0, 0, 0)
-
-
-@functools.cache
-def _differentiable(function):
-    """An autograd function, one node of a compiler's graph should one meet it. Imports torch._dynamo: on first use."""
-
-    @torch.compiler.allow_in_graph
-    def apply(*arguments):
-        return function.apply(*arguments)
-
-    return apply
-
-
-def _carry(q, k, v, tq, tk, tv, mask, causal, scale, tmask=None) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, d_out, log-sum-exp) of checked arguments."""
-    if tmask is not None or registration.tracing():
-        return reference(q, k, v, tq, tk, tv, mask, causal, scale, tmask, whole=registration.tracing())
-    if registration.differentiating([x for x in (q, k, v, tq, tk, tv, mask) if x is not None]):
-        return _differentiable(_Tangent)(q, k, v, tq, tk, tv, mask, causal, scale)
-    return _raw(q, k, v, tq, tk, tv, mask, causal, scale)
-
-
-def _attend(q, k, v, mask, causal, scale) -> tuple[Tensor, Tensor]:
-    """(out, log-sum-exp) of checked arguments."""
-    if registration.differentiating([x for x in (q, k, v, mask) if x is not None]):
-        _refuse_checkpoint()
-        carried = _duals(q, k, v, mask, causal, scale)
-        return carried or _differentiable(_Attention)(q, k, v, mask, causal, scale)
-    return primal.forward(q, k, v, mask, causal, scale)
-
-
-def _duals(q, k, v, mask, causal, scale) -> tuple[Tensor, Tensor] | None:
-    """(out, log-sum-exp) where q, k or v are dual numbers on this very level: value and tangent in one pass, where the
-    function's own rule would find the value first and again beside the tangent."""
-    if forward_ad._current_level < 0 or (mask is not None and forward_ad.unpack_dual(mask).tangent is not None):
-        return None
-    parts = [forward_ad.unpack_dual(x) for x in (q, k, v)]
-    tangents = [part.tangent for part in parts]
-    if all(tangent is None for tangent in tangents):
-        return None
-    q, k, v = (part.primal for part in parts)
-    tq, tk, tv = tangents
-    out, tangent, lse = _carry(q, k, v, tq, tk, tv, mask, causal, scale)
-    return forward_ad.make_dual(out, tangent), lse
-
-
-def _refuse_checkpoint() -> None:
-    """Raise where torch.utils.checkpoint stands inside torch.func.jvp: its recomputation knows no tangents."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None or "checkpoint" not in hooks[0].__qualname__ or not torch.is_grad_enabled():
-        return
-    frame = inspect.currentframe()
-    while frame is not None:
-        path, name = frame.f_code.co_filename, frame.f_code.co_name
-        if path.endswith("eager_transforms.py") and "jvp" in name:
-            return
-        if path.endswith("checkpoint.py") and name == "checkpoint":
-            break
-        frame = frame.f_back
-    if frame is not None and forward_ad._current_level >= 0:
-        raise RuntimeError(
-            "torch.utils.checkpoint inside torch.func.jvp cannot recompute tangents; checkpoint the block's jvp: "
-            "checkpoint(lambda x, tx: torch.func.jvp(block, (x,), (tx,)), x, tx, use_reentrant=False)."
-        )
 
 
 def _checked(name: str, q, k, v, tangents, mask, scale) -> tuple[list[Any], Tensor | None, float]:
@@ -372,7 +96,7 @@ def attention_jvp(
     """
     (q, k, v, tq, tk, tv), mask, scale = _checked("attention_jvp", q, k, v, (tq, tk, tv), mask, scale)
     with _no_autocast(q.device.type):
-        return _carry(q, k, v, tq, tk, tv, mask, causal, scale)[:2]
+        return carry(q, k, v, tq, tk, tv, mask, causal, scale)[:2]
 
 
 def attention(
@@ -394,7 +118,7 @@ def attention(
     with _no_autocast(q.device.type):
         if registration.tracing():
             return _traced(q, k, v, mask, causal, scale)
-        return _attend(q, k, v, mask, causal, scale)[0]
+        return attend(q, k, v, mask, causal, scale)[0]
 
 
 def _traced(q, k, v, mask, causal, scale) -> Tensor:

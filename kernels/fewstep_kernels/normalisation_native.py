@@ -8,7 +8,7 @@ import math
 from torch import Tensor
 
 from . import native
-from .normalisation import Form, Parameters
+from .normalisation_formulas import Form, Parameters
 
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
 _PARAMETERS = (*Parameters._fields, "ta", "tb", "tadded")

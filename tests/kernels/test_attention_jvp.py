@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fewstep_kernels as fk
 from fewstep_kernels import attention, attention_jvp, attention_primal
-from fewstep_kernels.attention_jvp import reference
+from fewstep_kernels.attention_reference import reference
 
 
 def plain(q, k, v, mask=None, causal=False, scale=None):

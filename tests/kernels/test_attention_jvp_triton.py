@@ -14,7 +14,7 @@ INTERPRETED = """
 import itertools
 import torch, fewstep_kernels as fk
 from fewstep_kernels import attention_jvp_kernels as kernels
-from fewstep_kernels.attention_jvp import reference
+from fewstep_kernels.attention_reference import reference
 from tests.kernels.test_attention_jvp import draw, make_mask
 
 assert fk.backend("attention_jvp", "cpu") == "triton"

@@ -8,12 +8,14 @@ from tests.kernels.ahead_of_time import ROOT, python
 
 pytest.importorskip("triton")
 
-SOURCES = [ROOT / "kernels" / "fewstep_kernels" / "normalisation_kernels.py"]
+KERNELS = ROOT / "kernels" / "fewstep_kernels"
+SOURCES = [KERNELS / f"normalisation_{name}.py" for name in ("kernels", "row_kernels", "group_kernels")]
 
 INTERPRETED = """
 import sys
 import torch, fewstep_kernels as fk
-from fewstep_kernels import normalisation, normalisation_kernels as kernels
+from fewstep_kernels import normalisation, normalisation_kernels as kernels, normalisation_raw
+from fewstep_kernels import normalisation_group_kernels as group_kernels, normalisation_row_kernels as row_kernels
 from fewstep_kernels.normalisation import Form, Parameters
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -39,9 +41,9 @@ def check(operator, shape, groups, dtype, full=True, last=False, silu=True):
     given = given if groups else given._replace(input_shift=None)
     given = given if full else Parameters()
     moved = Parameters(*(None if p is None else torch.randn_like(p) for p in given))
-    ta, tb = normalisation._coefficient_tangents(given, moved, F32)
+    ta, tb = normalisation.coefficient_tangents(given, moved, F32)
     nan = lambda like: torch.full_like(like, float("nan"))
-    mean = torch.full(normalisation._statistics_shape(form, x), float("nan"))
+    mean = torch.full(normalisation_raw.statistics_shape(form, x), float("nan"))
     y, dx, ty, rstd = nan(x), nan(x), nan(x), nan(mean)
     da = torch.full((shape[0], channels), float("nan"))
     db = nan(da)
@@ -55,11 +57,11 @@ def check(operator, shape, groups, dtype, full=True, last=False, silu=True):
     close(dx, truth[0], dtype)
     close(da, truth[1], F32)
     close(db, truth[2], F32)
-    close(ty, normalisation._plain_tangent(form, x.double(), tx.double(), wide, wide_moved), dtype)
+    close(ty, normalisation.plain_tangent(form, x.double(), tx.double(), wide, wide_moved), dtype)
 
 GROUPED = "group_norm_silu"
 for most, tile in ((8192, 4096), (0, 32)):  # one program a group; then tiles, several to a channel
-    kernels.MOST, kernels.TILE = most, tile
+    kernels.MOST, group_kernels.TILE = most, tile
     check(GROUPED, (2, 6, 5, 7), 3, F32)
     check(GROUPED, (2, 6, 5, 7), 3, BF16, last=True)
     check(GROUPED, (1, 6, 1, 1), 2, F16, last=not most)
@@ -69,9 +71,9 @@ for operator in ("layer_norm_modulate", "rms_norm_modulate"):
     check(operator, (1, 3, 500), 0, BF16)
     check(operator, (3, 1, 1), 0, F16)
     check(operator, (2, 5, 8), 0, F32, full=False)
-    kernels.PROGRAMS = 4  # several rows to a program, the last one short
+    row_kernels.PROGRAMS = 4  # several rows to a program, the last one short
     check(operator, (2, 5, 8), 0, F32)
-    kernels.PROGRAMS = 512
+    row_kernels.PROGRAMS = 512
 
 x, weight = torch.randn(2, 6, 3, 3), torch.randn(6)
 found = torch.func.jvp(lambda x, w: fk.group_norm_silu(x, 3, w), (x, weight), (x, weight))
@@ -86,7 +88,7 @@ print("equal")
 COMPILED = """
 import triton
 from triton.compiler import ASTSource
-from fewstep_kernels import normalisation_kernels as kernels
+from fewstep_kernels import normalisation_group_kernels as groups, normalisation_row_kernels as rows
 from tests.kernels.ahead_of_time import report
 
 POINTERS = ("x", "moved", "gradient", "out", "dx")
@@ -108,7 +110,7 @@ def variant(kernel, dtype, constants, absent=(), aligned=True, warps=4):
             attributes[(place,)] = [["tt.divisibility", 16]]
     place = kernel.arg_names.index
     source = ASTSource(kernel, signature, {(place(name),): value for name, value in values.items()}, attributes)
-    return source, {"num_warps": warps, **kernels.OPTIONS}
+    return source, {"num_warps": warps, **rows.OPTIONS}
 
 TANGENTS = ("ta", "tb", "tadded")
 ROW = {"LAYOUT": 0, "INNER": 1, "CENTRED": True, "SILU": False, "BLOCK": 2048}
@@ -117,23 +119,23 @@ LAST = GROUP | {"LAST": True, "TS": 64, "TC": 64}
 CUT = {name: GROUP[name] for name in ("LAST", "TS", "TC")}
 still = ("moved", *TANGENTS, "added")
 forward = ("moved", "first", "second", "parts", *TANGENTS)
-row, group = kernels.row_kernel, kernels.group_kernel
+row, group = rows.row_kernel, groups.group_kernel
 variants = {
     "layer rows bf16": variant(row, "bf16", ROW, still),
     "layer rows fp32": variant(row, "fp32", ROW, still),
     "rms rows bf16": variant(row, "bf16", ROW | {"CENTRED": False}, still),
     "layer rows tangent bf16": variant(row, "bf16", ROW, ("added", "tadded")),
     "odd rows fp32": variant(row, "fp32", ROW, still, aligned=False),
-    "layer rows backward bf16": variant(kernels.row_backward_kernel, "bf16", {"CENTRED": True, "BLOCK": 2048}),
+    "layer rows backward bf16": variant(rows.row_backward_kernel, "bf16", {"CENTRED": True, "BLOCK": 2048}),
     "small groups bf16": variant(
         row, "bf16", ROW | {"LAYOUT": 1, "INNER": 1024, "SILU": True, "BLOCK": 8192}, still, warps=16
     ),
     "longest rows backward fp32": variant(
-        kernels.row_backward_kernel, "fp32", {"CENTRED": True, "BLOCK": 8192}, warps=16
+        rows.row_backward_kernel, "fp32", {"CENTRED": True, "BLOCK": 8192}, warps=16
     ),
-    "moments bf16": variant(kernels.moments_kernel, "bf16", CUT, warps=8),
-    "moments last bf16": variant(kernels.moments_kernel, "bf16", CUT | {"LAST": True, "TS": 64, "TC": 64}, warps=8),
-    "combine": variant(kernels.combine_kernel, "fp32", {"TS": 4096, "BLOCK": 1024}),
+    "moments bf16": variant(groups.moments_kernel, "bf16", CUT, warps=8),
+    "moments last bf16": variant(groups.moments_kernel, "bf16", CUT | {"LAST": True, "TS": 64, "TC": 64}, warps=8),
+    "combine": variant(groups.combine_kernel, "fp32", {"TS": 4096, "BLOCK": 1024}),
     "groups bf16": variant(group, "bf16", GROUP, forward, warps=8),
     "groups last bf16": variant(group, "bf16", LAST, forward, warps=8),
     "groups last fp32": variant(group, "fp32", LAST, forward, warps=8),
