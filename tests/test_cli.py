@@ -129,6 +129,14 @@ def test_a_failed_job_of_the_demo_says_its_own_sentence():
         side_by_side({"one": ["train", "nowhere.yaml"], "two": ["solvers"]})
 
 
+def test_a_job_of_the_demo_waits_for_a_place_and_begins_after_anothers_failure(tmp_path, student_folder):
+    picture = tmp_path / "late.png"
+    late = ["sample", str(student_folder), "--steps", "1", "--count", "1", "--out", str(picture)]
+    with pytest.raises(UserError, match="one stopped with code 2"):
+        side_by_side({"one": ["train", "nowhere.yaml"], "late": late}, at_once=1)
+    assert picture.exists()
+
+
 def test_loss_curves_come_from_the_logs(tmp_path):
     rows = ['{"update": 10, "loss/student": 0.5, "rate": 3}', '{"update": 20, "loss/student": 0.25, "loss/critic": 1}']
     (tmp_path / "log.jsonl").write_text("\n".join(rows) + "\n")

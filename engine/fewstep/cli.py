@@ -49,6 +49,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         samples=arguments.samples,
         seed=arguments.seed,
         guidance=arguments.guidance,
+        images=arguments.images,
     )
     _write_json(arguments.out, results)
     print(f"wrote {arguments.out}")
@@ -240,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--samples", type=int, default=10_000)
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--guidance", type=float, default=1.5, help="also score the guided teacher at this scale")
+    evaluate.add_argument("--images", help="a folder where drawn images are kept and, if still right, found again")
     evaluate.add_argument("--out", default="runs/evaluation.json")
 
     sample = add("sample", _sample, "draw images from an artefact into one PNG grid")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,9 +46,16 @@ def recipe_path(name: str) -> Path:
 
 
 def train_digits(
-    out: Path, seed: int, resume: bool = False, stations: Stations | None = None
+    out: Path,
+    seed: int,
+    resume: bool = False,
+    stations: Stations | None = None,
+    beside: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[Path, dict[str, Path]]:
-    """Train the teacher, then the students at once, under `out`. Returns artefact folders: teacher, {name: student}."""
+    """Train the teacher, then the students at once, under `out`. Returns artefact folders: teacher, {name: student}.
+
+    beside: further fewstep commands by name, for the cores that the first finished students leave.
+    """
     stations = stations or Stations(["teacher", "students"])
     teacher, students = out / "teacher", {name: out / name for name in STUDENTS}
 
@@ -74,50 +81,55 @@ def train_digits(
             halves = [f"train.ranks={ranks}", "train.strategy=ddp"] if ranks > 1 else []
             side_by_side({"teacher": ["train", *command("digits_teacher.yaml", teacher, *halves)]}, processes=ranks)
     with stations.station("students"):
-        side_by_side(
-            {
-                name: ["distill", *command(STUDENTS[name], target, f"teacher={teacher}")]
-                for name, target in students.items()
-                if unfinished(target)
-            }
-        )
+        jobs: dict[str, Sequence[str]] = {
+            name: ["distill", *command(STUDENTS[name], target, f"teacher={teacher}")]
+            for name, target in students.items()
+            if unfinished(target)
+        }
+        if jobs:
+            side_by_side({**jobs, **(beside or {})}, at_once=max(len(jobs), os.cpu_count() or 1))
     return teacher, students
 
 
-def side_by_side(jobs: dict[str, list[str]], processes: int | None = None) -> None:
+def side_by_side(jobs: Mapping[str, Sequence[str]], processes: int | None = None, at_once: int | None = None) -> None:
     """Run fewstep commands at once, sharing the cores, and show how far each is.
 
     processes: how many they are in all, where one job starts several; the cores are shared among them.
+    at_once: how many may run at the same time (default: all); the others wait in order.
     Ctrl-C is handed to all, and each leaves its checkpoint. Raises UserError with a job's own sentence where one fails,
     KeyboardInterrupt where one was interrupted.
     """
-    threads = max(1, (os.cpu_count() or 1) // max(1, processes or len(jobs)))
+    at_once = at_once or len(jobs)
+    threads = max(1, (os.cpu_count() or 1) // max(1, processes or min(at_once, len(jobs))))
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     latest: dict[str, str] = {}
-    running = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", "fewstep", *job],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,  # the terminal's Ctrl-C reaches only us, and we hand it on once
-        )
-        for name, job in jobs.items()
-    }
+    waiting = dict(jobs)
+    running: dict[str, subprocess.Popen[str]] = {}
+    readers: list[threading.Thread] = []
 
     def read(name: str) -> None:
         for line in running[name].stdout or ():
             if line.strip():
                 latest[name] = line.strip()
 
-    readers = [threading.Thread(target=read, args=(name,), daemon=True) for name in running]
-    for reader in readers:
-        reader.start()
+    def start(name: str) -> None:
+        running[name] = subprocess.Popen(
+            [sys.executable, "-m", "fewstep", *waiting.pop(name)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # the terminal's Ctrl-C reaches only us, and we hand it on once
+        )
+        readers.append(threading.Thread(target=read, args=(name,), daemon=True))
+        readers[-1].start()
+
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated demo stops its jobs too
     try:
-        while any(process.poll() is None for process in running.values()):
-            _show(latest)
+        while waiting or any(process.poll() is None for process in running.values()):
+            while waiting and sum(process.poll() is None for process in running.values()) < at_once:
+                start(next(iter(waiting)))
+            _show({name: line for name, line in latest.items() if running[name].poll() is None})
             time.sleep(0.2)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -186,9 +198,11 @@ def demo(out: Path, seed: int = 0, resume: bool = False) -> Path:
             f"cannot write to {out}: {error.strerror or error}; choose another folder with --out."
         ) from None
     stations = Stations(["teacher", "students", "evaluate", "export", "bench", "report"])
-    teacher, students = train_digits(out, seed, resume, stations)
+    images = out / "images"
+    scores = ["evaluate", f"--teacher={out / 'teacher'}", f"--images={images}", f"--out={images / 'teacher.json'}"]
+    teacher, students = train_digits(out, seed, resume, stations, {"its images": [*scores, f"--seed={seed}"]})
     with stations.station("evaluate"):
-        results = evaluate_artefacts(teacher=teacher, students=students, seed=seed, bounds=BOUNDS)
+        results = evaluate_artefacts(teacher=teacher, students=students, seed=seed, bounds=BOUNDS, images=images)
     with stations.station("export"):
         served = out / "student"
         best = min(

@@ -23,6 +23,7 @@ from fewstep.evaluate import bootstrap, nearest
 from fewstep.evaluate.features import DIMENSIONS, DigitClassifier, digit_classifier, recipe_hash
 from fewstep.evaluate.fidelity import fidelity
 from fewstep.evaluate.frechet import frechet_distance, moments
+from fewstep.evaluate.kept import Drawing, KeptImages
 from fewstep.evaluate.precision_recall import MOST_FOLDS, NEIGHBOURS, diversity, precision_recall
 
 SAMPLES = 10_000
@@ -84,6 +85,7 @@ def evaluate(
     resamples: int = bootstrap.RESAMPLES,
     reference: str | None = None,
     comparisons: Sequence[tuple[str, str, float | None]] = (),
+    kept: KeptImages | None = None,
     progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Score every sampler against the 360 held-out digits; the layout of the result is in `fewstep.evaluate.report`.
@@ -91,7 +93,7 @@ def evaluate(
     samplers: by name (`Name`); family "teacher" goes under results["teacher"], every other under results["students"].
     samples: how many images of each, labels i mod 10, Philox seeds `seed * 2^32 + i`. reference: the sampler others'
     images are compared with, noise by noise. comparisons: (a, b, bound): Frechet a over b with paired intervals, held
-    to the bound on the ratio where there is one.
+    to the bound on the ratio where there is one. kept: where the images of artefacts (`Drawing`) are kept and found.
     Raises UserError for a name that cannot be read or is not there, too few samples, or images not finite.
     """
     names = {text: Name.parse(text) for text in samplers}
@@ -138,7 +140,7 @@ def evaluate(
     resampled: dict[str, bootstrap.Resampled] = {}
     target: _Drawn | None = None
     for text in sorted(names, key=lambda text: text != reference):  # the reference first
-        drawn = _draw(text, samplers[text], shape, seeds, labels, batch, real.network)
+        drawn = _draw(text, samplers[text], shape, seeds, labels, batch, real.network, kept)
         target = drawn if text == reference else target
         name, metrics = names[text], _metrics(drawn, labels, real)
         metrics["guidance"] = name.guidance
@@ -180,6 +182,7 @@ def evaluate_artefacts(
     *,
     teacher_evaluations: Sequence[int] = TEACHER_EVALUATIONS,
     bounds: Mapping[tuple[str, int, int], float] | None = None,
+    images: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """`evaluate` for artefact folders: the teacher at each number of evaluations, the students at each they offer.
@@ -187,7 +190,8 @@ def evaluate_artefacts(
     The teacher's curve has the guidance the students were distilled at (their provenance, else 1); at 32 evaluations
     it is also scored unguided and at `guidance`, for fidelity against diversity. Each student is compared with the
     teacher at 32 and, with one evaluation, at 1. bounds: the largest ratio of Frechet distances that (student, its
-    steps, the teacher's evaluations) is held to.
+    steps, the teacher's evaluations) is held to. images: a folder where drawn images are kept and, when weights, plan
+    and seed are the same, found again.
     """
     bounds = bounds or {}
     from fewstep.runtime.student import (
@@ -201,14 +205,11 @@ def evaluate_artefacts(
             "evaluation is for the ten classes of 1x8x8 digits."
         )
 
-    def drawing(artefact: Any, steps: int, scale: float | None) -> Sampler:
-        return lambda noise, labels, seeds: artefact.sample(noise, labels, steps=steps, seeds=seeds, guidance=scale)
-
     def teacher_sampler(evaluations: int, scale: float) -> Sampler:
         """The most steps of the teacher's solver that `evaluations` network calls allow."""
         for steps in range(evaluations, 0, -1):
             if model.plan(steps, scale).evaluations <= evaluations:
-                return drawing(model, steps, scale)
+                return Drawing(model, steps, scale)
         raise UserError(f"the teacher's solver cannot sample in {evaluations} evaluations; choose more.")
 
     loaded = {name: load(path) for name, path in students.items()}
@@ -225,7 +226,7 @@ def evaluate_artefacts(
     for name, student in loaded.items():
         for steps in student.steps_offered:
             text = str(Name(name, scales[name], student.plan(steps).evaluations))
-            samplers[text] = drawing(student, steps, None)
+            samplers[text] = Drawing(student, steps)
             rival = str(Name("teacher", scales[name], 32))
             if rival in samplers:
                 comparisons.append((text, rival, bounds.get((name, steps, 32))))
@@ -238,6 +239,7 @@ def evaluate_artefacts(
         seed=seed,
         reference=str(Name("teacher", main, most)),
         comparisons=comparisons,
+        kept=None if images is None else KeptImages(images),
         progress=progress,
     )
 
@@ -265,18 +267,25 @@ def _draw(
     labels: Tensor,
     batch: int,
     network: DigitClassifier,
+    kept: KeptImages | None,
 ) -> _Drawn:
     def work(chunk: Tensor, label: Tensor) -> Tensor:
         return sampler(fk.normal(chunk, shape), label, chunk).detach().float().cpu()
 
-    begun = time.perf_counter()
-    images = _side_by_side(work, seeds.split(batch), labels.split(batch))
-    seconds = time.perf_counter() - begun
-    drawn = torch.cat(images)
+    settings = {"first seed": int(seeds[0]), "images": len(seeds), "batch": batch}
+    found = kept.find(text, sampler, settings) if kept and isinstance(sampler, Drawing) else None
+    if found is not None:
+        drawn, seconds = found
+    else:
+        begun = time.perf_counter()
+        drawn = torch.cat(_side_by_side(work, seeds.split(batch), labels.split(batch)))
+        seconds = time.perf_counter() - begun
     if tuple(drawn.shape) != (len(seeds), *shape) or not drawn.isfinite().all():
         raise UserError(
             f"the sampler {text!r} gave images that are not finite or not of shape {list(shape)}; check it."
         )
+    if found is None and kept and isinstance(sampler, Drawing):
+        kept.keep(text, sampler, settings, drawn, seconds)
     features = network.features(drawn)
     return _Drawn(drawn, features, network.classes(features), seconds)
 
