@@ -58,6 +58,15 @@ def held(run):
     return {"resident": own, "shards": shards, "whole": whole}
 
 
+def means_after_resuming(folder):
+    """What this rank's next line of the log is to be the mean of, before and after resuming."""
+    run = trainer(folder, "ddp-dmd2", log_every=100)
+    for _ in range(3):
+        run.iterate()
+    run.save_checkpoint()
+    return run.means.partial(), trainer(folder, "ddp-dmd2", resume=True).means.partial()
+
+
 def main(folder):
     dist.init_process_group(
         "gloo", init_method=f"file://{os.environ['FEWSTEP_STORE']}", rank=int(os.environ["RANK"]), world_size=2
@@ -93,6 +102,7 @@ def main(folder):
                     if not torch.equal(value, parts[1][part][name])
                 ]
                 found[case]["states"] = sum(len(tensors) for tensors in parts[0].values())
+    found["means"] = means_after_resuming(folder / "means")
     Path(folder, f"rank{dist.get_rank()}.json").write_text(json.dumps(found, indent=1))
     dist.destroy_process_group()
 

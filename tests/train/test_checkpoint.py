@@ -41,6 +41,38 @@ def test_2n_updates_are_n_updates_and_n_more_after_resuming(tmp_path, method):
     assert states[0] == states[1]
 
 
+TIMES = {"updates_per_second", "seconds_left", "memory_mib", "time"}
+
+
+def lines(folder):
+    told = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in told]
+
+
+@pytest.mark.parametrize("fault", [None, 3])
+def test_the_log_of_a_run_that_was_killed_and_resumed_is_that_of_one_that_was_not(tmp_path, monkeypatch, fault):
+    """Killed at update 7, after the line of update 6 and the checkpoint of 4: two of the mean's three are before it."""
+    settings = {"updates": 9, "log_every": 3, "checkpoint_every": 4, "non_finite": "skip"}
+
+    def run(folder, resume=False):
+        recipe = small.recipe(tmp_path / folder, "dmd2", **settings)
+        return Trainer(recipe, teacher=small.teacher(), loader=small.Digits(fault=fault), resume=resume)
+
+    run("whole").fit()
+    killed = run("cut")
+    iterate = killed.iterate
+    monkeypatch.setattr(killed, "iterate", lambda: iterate() if killed.step < 7 else pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        killed.fit()
+    again = run("cut", resume=True)
+    assert again.step == 4
+    again.fit()
+    whole = lines(tmp_path / "whole")
+    assert [line["update"] for line in whole] == [3, 6, 9]
+    assert ("skipped" in whole[-1]) == (fault is not None)
+    assert json.dumps(lines(tmp_path / "cut")) == json.dumps(whole)  # as text: NaN is NaN
+
+
 def test_every_bit_of_a_checkpoint_is_safetensors_or_json(tmp_path):
     trainer(tmp_path).fit()
     (_, path), = checkpoint.listed(tmp_path / "checkpoints")  # fmt: skip
@@ -94,10 +126,25 @@ def test_resuming_without_a_checkpoint_starts_at_the_beginning_and_says_so(tmp_p
     assert "no checkpoint in" in capsys.readouterr().err
 
 
-def test_starting_anew_sets_earlier_checkpoints_aside(tmp_path):
+def test_starting_anew_sets_earlier_checkpoints_aside_and_says_how_to_go_on_with_them(tmp_path, capsys):
     trainer(tmp_path, updates=2).fit()
-    assert trainer(tmp_path).step == 0
-    assert (tmp_path / "checkpoints.previous/step_000002/manifest.json").exists()
+    run = trainer(tmp_path)
+    assert run.step == 0
+    aside = tmp_path / "checkpoints.previous"
+    assert (aside / "step_000002/manifest.json").exists()
+    run.fit()
+    shown = capsys.readouterr().err
+    assert f"are now in {aside}" in shown and f"move them back to {tmp_path / 'checkpoints'} and add --resume" in shown
+    shutil.rmtree(tmp_path / "checkpoints")
+    aside.rename(tmp_path / "checkpoints")
+    assert trainer(tmp_path, resume=True).step == 2
+
+
+def test_what_was_set_aside_is_only_replaced_by_what_came_as_far(tmp_path):
+    for updates in (3, 1, 3, 2):  # each run sets the one before it aside
+        trainer(tmp_path, updates=updates).fit()
+    kept = {path.name: checkpoint.listed(path)[-1][0] for path in tmp_path.glob("checkpoints*")}
+    assert kept == {"checkpoints": 2, "checkpoints.previous": 3, "checkpoints.previous_2": 1}
 
 
 def test_a_checkpoint_of_another_method_is_refused(tmp_path):

@@ -59,3 +59,10 @@ def test_resuming_under_zero_is_bit_for_bit(found, case):
     assert found[0][case]["unequal states"] == []
     assert found[0][case]["states"] > 50
     assert json.dumps(found[0][case]["losses"])
+
+
+def test_each_rank_goes_on_with_its_own_part_of_the_coming_means(found):
+    for rank in found:
+        before, after = rank["means"]
+        assert before == after and before["loss/critic"][1] == 6  # updates, each of two micro-batches
+    assert found[0]["means"][0] != found[1]["means"][0]  # each saw other samples

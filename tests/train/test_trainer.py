@@ -12,7 +12,7 @@ from fewstep import artefact, methods, solvers
 from fewstep.errors import UserError
 from fewstep.methods import Average, Method, NetworkSpec, OptimizerConfig, Pairs, TrainingStage, Update
 from fewstep.nets.mlp import MLP
-from fewstep.train import Interrupted, Trainer
+from fewstep.train import Interrupted, Trainer, progress
 from tests.train import small
 
 
@@ -95,6 +95,57 @@ def test_networks_of_one_engine_share_its_optimiser_and_norm(tmp_path):
     run = trainer(tmp_path, methods.get("dmd2"))
     assert set(run.engines) == {"student", "critic"}
     assert set(run.engines["critic"].networks) == {"critic", "head"}
+
+
+def test_a_run_says_at_once_what_it_trains_and_where_and_soon_how_fast(tmp_path, monkeypatch, capsys):
+    """No line of the log comes before update 5; a slow first update is told all the same, and only now and then."""
+    monkeypatch.setattr(progress, "FIRST_WORD", 0.0)
+    run = trainer(tmp_path, Toy, updates=5, log_every=5)
+    capsys.readouterr()
+    run.fit()
+    first, second, *rest = capsys.readouterr().err.splitlines()
+    count = sum(p.numel() for p in run.modules["student"].parameters())
+    assert first == (
+        f"small: toy trains student ({count:,} parameters) and critic ({count:,} parameters) on cpu, "
+        f"updates 1 to 5 of 16 images, into {tmp_path}"
+    )
+    assert second.startswith("small: update 1/5 | ") and "updates/s" in second and "left" in second
+    assert len(rest) == 1 and rest[0].startswith("small: update 5/5 | ") and "loss/student" in rest[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"steps_offered": 4}, "method 'toy' has steps_offered 4; it must be a list"),
+        ({"steps_offered": [1, 0]}, r"steps_offered \[1, 0\]"),
+        ({"steps_offered": ()}, r"steps_offered \(\)"),
+        ({"result": "studnet"}, r"result of method 'toy', 'studnet' is not known \(did you mean 'student'\?\)"),
+        ({"networks": NetworkSpec()}, "it must be a mapping from names to NetworkSpec"),
+        ({"iteration": Method.iteration}, "defines neither loss"),
+        ({"sampling": Method.sampling}, r"'toy' defines no sampling\(steps\)"),
+        ({"sampling": lambda self, steps: None}, r"answers sampling\(1\) with NoneType; it must be a Plan"),
+        (
+            {"result": "bare", "networks": {"student": NetworkSpec(), "bare": NetworkSpec(read_out="plain")}},
+            "no denoiser",
+        ),
+    ],
+)
+def test_what_the_artefact_needs_of_a_method_is_asked_for_before_any_training(tmp_path, changes, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        trainer(tmp_path, type("Lacking", (Toy,), changes)).run()
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_an_option_called_steps_means_nothing_to_the_trainer(tmp_path):
+    class Stepping(Toy):
+        steps_offered = (1, 3)
+
+        class Config(methods.MethodConfig):
+            steps: int = 4
+
+    trainer(tmp_path, Stepping, updates=1).run()
+    assert sorted(artefact.load(tmp_path).plans) == [1, 3]
 
 
 class Leaking(Toy):

@@ -16,6 +16,7 @@ from fewstep.methods.base import (
 )
 from fewstep.methods.batch import Batch
 from fewstep.methods.build import build
+from fewstep.methods.check import check, plans
 from fewstep.methods.registry import get, names, register
 from fewstep.methods.rng import Rng
 
@@ -32,10 +33,12 @@ __all__ = [
     "TrainingStage",
     "Update",
     "build",
+    "check",
     "consistency_distillation",
     "denoising",
     "dmd2",
     "get",
     "names",
+    "plans",
     "register",
 ]

@@ -7,7 +7,7 @@ pre-update samples, several optimiser steps an iteration: all are just Python. A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -132,10 +132,13 @@ class Update:
 
 
 class Method:
-    """A distillation method. Subclasses give `Config`, `networks`, `needs` and `loss` or `iteration`.
+    """A distillation method. Subclasses give `Config`, `networks`, `needs`, `loss` or `iteration`, and `sampling`.
 
     The trainer sets `schedule`, `prediction`, `teacher` (a `Network`, where there is one), one attribute per network,
-    and `stage` before each stage. `networks` and `needs` may be properties that read `config`.
+    and `stage` before each stage. The artefact holds network `result` with a plan by `sampling` for each number of
+    evaluations in `steps_offered`. `networks`, `needs` and `steps_offered` may be properties that read `config`; no
+    option of `config` has a meaning of its own to anybody else, but for those `teacher_step` names and `guidance`, the
+    teacher's scale that was distilled: at that scale `fewstep evaluate` compares student and teacher.
     """
 
     class Config(MethodConfig):
@@ -143,6 +146,7 @@ class Method:
 
     name: str = ""
     result: str = "student"  # the network the artefact holds
+    steps_offered: Sequence[int] = (1, 2, 4)  # the numbers of evaluations it records a plan for
     networks: Mapping[str, NetworkSpec] = {"student": NetworkSpec()}
     needs: Needs = Needs()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -66,6 +66,10 @@ class DMD2(Method):
         if self.config.gan_weight > 0:
             networks["head"] = NetworkSpec(start=partial(_head, at=self.config.tap), read_out="plain", engine="critic")
         return networks
+
+    @property
+    def steps_offered(self) -> Sequence[int]:  # type: ignore[override]
+        return self.config.steps
 
     def iteration(self, batch: Batch, rng: Rng) -> Iterator[Update]:
         turn = rng.step % self.config.critic_updates == 0

@@ -150,8 +150,15 @@ def join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def set_aside(folder: Path) -> Path:
-    """Move a folder of checkpoints to `<folder>.previous`, in place of what was set aside before."""
+    """Move a folder of checkpoints to `<folder>.previous`, in place of what was set aside before.
+
+    What was set aside before stays where it had come further: then the new one is `<folder>.previous_2`, and so on.
+    """
     aside = folder.with_name(f"{folder.name}.previous")
+    number = 1
+    while listed(aside) and listed(aside)[-1][0] > listed(folder)[-1][0]:
+        number += 1
+        aside = folder.with_name(f"{folder.name}.previous_{number}")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(folder, aside)

@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.errors import UserError
+
+FIRST_WORD, NEXT_WORD = 1.0, 15.0  # seconds of silence after which an update is told, where there is no bar
 
 
 class Means:
@@ -28,6 +30,17 @@ class Means:
         value = value.detach().float().mean() if isinstance(value, Tensor) else float(value)
         self._sums[name] = self._sums.get(name, 0.0) + weight * value
         self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def partial(self) -> dict[str, tuple[float, float, bool]]:
+        """{name: (sum, weight, whether the sum is kept on the host)} of what no mean has been taken of yet."""
+        held = {name: isinstance(value, float) for name, value in self._sums.items()}
+        return {name: (float(self._sums[name]), self._weights[name], held[name]) for name in sorted(self._sums)}
+
+    def go_on(self, partial: Mapping[str, Sequence[Any]], device: torch.device) -> None:
+        """The inverse of `partial`."""
+        for name, (total, weight, on_host) in partial.items():
+            self._sums[name] = float(total) if on_host else torch.tensor(total, dtype=torch.float32, device=device)
+            self._weights[name] = float(weight)
 
     def tensor(self, device: torch.device) -> tuple[list[str], Tensor]:
         """The names in sorted order and their means, [names] float32; then everything is forgotten."""
@@ -51,6 +64,7 @@ class Progress:
     def __init__(self, name: str, output: Path, total: int, start: int, *, leads: bool, device: torch.device) -> None:
         self.name, self.total, self.done, self.leads, self.device = name, total, start, leads, device
         self._began, self._start = time.monotonic(), start
+        self._told, self._patience = self._began, FIRST_WORD
         self._bar: tqdm[Any] | None = None
         self._board: Any = None
         if not leads:
@@ -67,17 +81,18 @@ class Progress:
             self._bar = tqdm(total=total, initial=start, desc=name, unit="update", dynamic_ncols=True, smoothing=0.1)
 
     def advance(self) -> None:
+        """Count an update; where there is no bar, a line now and then before the first means are logged."""
         self.done += 1
         if self._bar is not None:
             self._bar.update()
+        elif self.leads and time.monotonic() - self._told > self._patience and self.done < self.total:
+            self._tell(*self._pace(), {})
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Show and record the means of the updates since the last call."""
         if not self.leads:
             return
-        seconds = time.monotonic() - self._began
-        rate = (self.done - self._start) / max(seconds, 1e-9)
-        left = (self.total - self.done) / max(rate, 1e-9)
+        rate, left = self._pace()
         entry = {
             "update": step,
             **values,
@@ -96,11 +111,18 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix({**shown, "MiB": f"{entry['memory_mib']:.0f}"})
         else:
-            losses = " ".join(f"{key} {value}" for key, value in shown.items())
-            self.say(
-                f"{self.name}: update {step}/{self.total} | {rate:.1f} updates/s | {_clock(left)} left | {losses} | "
-                f"{entry['memory_mib']:.0f} MiB"
-            )
+            self._tell(rate, left, shown)
+
+    def _pace(self) -> tuple[float, float]:
+        """Updates a second since the run began, and the seconds left at that rate."""
+        rate = (self.done - self._start) / max(time.monotonic() - self._began, 1e-9)
+        return rate, (self.total - self.done) / max(rate, 1e-9)
+
+    def _tell(self, rate: float, left: float, losses: Mapping[str, str]) -> None:
+        parts = [f"{self.name}: update {self.done}/{self.total}", f"{rate:.1f} updates/s", f"{_clock(left)} left"]
+        parts += [" ".join(f"{key} {value}" for key, value in losses.items())] if losses else []
+        self.say(" | ".join([*parts, f"{self.memory_mib():.0f} MiB"]))
+        self._told, self._patience = time.monotonic(), NEXT_WORD
 
     def image(self, step: int, path: Path) -> None:
         """Show a written PNG on the board."""

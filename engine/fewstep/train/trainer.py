@@ -6,47 +6,27 @@ network it names, the engine clips and steps, averages follow, and the generator
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fewstep_kernels as fk
-from fewstep import artefact, methods, nets, solvers
-from fewstep.diffusion import prediction as predictions
-from fewstep.diffusion import schedules
+from fewstep import artefact, methods, solvers
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError, choose
 from fewstep.methods import Batch, Rng, TrainingStage, Update
-from fewstep.nets.lora import Adapted
-from fewstep.train import checkpoint, pairs
-from fewstep.train.checkpoint import Checkpoint
-from fewstep.train.ema import Average, Averages
+from fewstep.train import checkpoint, networks, resuming, saving, staging
+from fewstep.train.ema import Averages
+from fewstep.train.interruption import Interrupted, Signals
+from fewstep.train.networks import SAMPLING
+from fewstep.train.pairs import PairSet
 from fewstep.train.progress import Means, Progress
 from fewstep.train.strategies import Engine, Strategy, launch, launched, start
-from fewstep.train.strategies.base import copy_module
 from fewstep.train.strategies.single import Single
-
-SAMPLING = "sampling_average"  # the student's average that is sampled from and saved
-PLAN_STEPS = (1, 2, 4)
-FIXED_KEYS = ("seed", "network", "schedule", "prediction", "data.batch_size", "method.name", "adapters")
-
-
-class Interrupted(SystemExit):
-    """Ctrl-C or SIGTERM, after the checkpoint was written; leaves the process with code 130."""
-
-    def __init__(self, sentence: str) -> None:
-        super().__init__(130)
-        self.sentence = sentence
-
-    def __str__(self) -> str:
-        return self.sentence
 
 
 def train(recipe: Any, *, resume: bool = False) -> Path:
@@ -85,24 +65,34 @@ class Trainer:
         self.strategy = strategy or Single(torch.device("cpu"))
         self.output = Path(recipe.output)
         self.method = method or methods.get(recipe.method["name"])(recipe.method_config())
+        methods.check(self.method)
         self.step = self.stage_index = self.stage_updates = 0
-        self.pairs: pairs.PairSet | None = None
+        self.pairs: PairSet | None = None
         self.means = Means()
-        self._stop = False
+        self.skipped_before = 0.0  # updates left out before the last line of the log, or before resuming
         self._skipped: list[Tensor] = []
-        self._replaced: set[str] = set()  # frozen networks that a stage has written to
-        self._provenance: dict[str, Any] = {}
+        self._stop = False
+        self.replaced: set[str] = set()  # frozen networks that a stage has written to
+        self.provenance: dict[str, Any] = {}
         self.classes: int | None = None
-        found = self._found(resume)
+        self._teacher_shape: tuple[int, ...] | None = None
+        found, self.notices = resuming.find(recipe, self.strategy, resume)
         torch.manual_seed(recipe.seed)
-        self._build(teacher)
+        if recipe.teacher is not None and teacher is None:
+            loaded = artefact.load(recipe.teacher)
+            teacher, self.classes, self._teacher_shape = loaded.denoiser, loaded.classes, loaded.image_shape
+            self.provenance["teacher"] = {"path": recipe.teacher, "sha256": loaded.digest}
+        self.modules, averages = networks.make(recipe, self.method, self.strategy, teacher)
         self.loader = loader if loader is not None else self._loader()
         self.classes = self.classes or getattr(self.loader, "classes", None)
+        self._sizes = networks.sizes(self.modules)
         if found is not None:
-            self._restore_modules(found)
-        self._place()
+            resuming.restore_modules(self, found)
+        self.engines: dict[str, Engine]
+        self.engines, self.engine_of = networks.place(recipe, self.method, self.strategy, self.modules)
+        self.averages = Averages(self.strategy, self.modules, averages, self.engine_of)
         if found is not None:
-            self._restore(found)
+            resuming.restore(self, found)
 
     @property
     def stages(self) -> list[TrainingStage]:
@@ -113,8 +103,9 @@ class Trainer:
 
     def run(self) -> Path:
         """Train what is left to train, then save the artefact; its folder."""
+        saving.check(self)
         self.fit()
-        return self.save()
+        return saving.save(self)
 
     def fit(self) -> None:
         """Train what is left. Raises `Interrupted` after a signal, `UserError` for a loss that is not finite."""
@@ -123,9 +114,9 @@ class Trainer:
         self.progress = Progress(
             self.recipe.name, self.output, total, self.step, leads=self.strategy.leads, device=self.strategy.device
         )
-        for sentence in self._notices:
+        for sentence in [*self.notices, self._announcement(total)]:
             self.progress.say(sentence)
-        with _signals(self._on_signal):
+        with Signals(self._on_signal):
             try:
                 for index in range(self.stage_index, len(stages)):
                     self._begin(index, stages[index])
@@ -169,146 +160,44 @@ class Trainer:
         self.stage_updates += 1
 
     def save(self) -> Path:
-        """Write the artefact of the method's result, its sampling average where the recipe keeps one."""
-        name = SAMPLING if SAMPLING in self.modules else self.method.result
-        module = self.modules[name]
-        state = self._whole_state(module)
-        if self.strategy.leads:
-            if not isinstance(module, Denoiser):
-                raise UserError(
-                    f"network {self.method.result!r} of method {self.method.name!r} is no denoiser and has no artefact."
-                )
-            whole = Denoiser(nets.build(_config(module.net)), module.schedule, module.prediction)
-            whole.load_state_dict(state)
-            artefact.save(
-                self.output,
-                denoiser=whole.eval().requires_grad_(False),
-                plans={
-                    steps: self.method.sampling(steps) for steps in getattr(self.method.config, "steps", PLAN_STEPS)
-                },
-                image_shape=self._image_shape(),
-                classes=self.classes,
-                provenance={**self._provenance, "recipe": self.recipe.to_dict(), "updates": self.step},
-                kind="student" if "teacher" in self.modules else "teacher",
-            )
-        self.strategy.barrier()
-        return self.output
+        """Write the artefact of the method's result, its sampling average where the recipe keeps one; its folder."""
+        return saving.save(self)
 
     def save_checkpoint(self) -> Path:
         """Write everything that resuming needs; every rank takes part, the leading one writes."""
-        parts = {f"network.{name}": self.strategy.gather(self.modules[name]) for name in self._changing()}
-        parts |= {f"optimizer.{name}": engine.state() for name, engine in self.engines.items()}
-        tensors: dict[str, Tensor] = {}
-        method_state = checkpoint.split(self.method.state(), tensors)
-        parts["method"] = tensors
-        if self.pairs is not None:
-            parts["pairs"] = self.pairs.tensors()
-        state = {
-            "recipe": self.recipe.to_dict(),
-            "step": self.step,
-            "stage": self.stage_index,
-            "stage_updates": self.stage_updates,
-            "engines": {name: engine.updates for name, engine in self.engines.items()},
-            "averages": self.averages.state(),
-            "replaced": sorted(self._replaced),
-            "data": self.loader.state(),
-            "method": method_state,
-        }
-        folder = self.output / "checkpoints"
-        if self.strategy.leads:
-            parts = {name: tensors for name, tensors in parts.items() if tensors}
-            checkpoint.write(folder, self.step, Checkpoint(parts, state), self.recipe.train.keep_checkpoints)
-        self.strategy.barrier()
-        return folder / f"step_{self.step:06d}"
+        return resuming.save(self)
 
-    def _build(self, teacher: Denoiser | None) -> None:
-        """Make every module, on the device and whole; nothing is sharded yet."""
-        recipe, method = self.recipe, self.method
-        if recipe.teacher is not None and teacher is None:
-            loaded = artefact.load(recipe.teacher)
-            teacher, self.classes = loaded.denoiser, loaded.classes
-            self._teacher_shape = tuple(loaded.image_shape)
-            self._provenance["teacher"] = {"path": recipe.teacher, "sha256": loaded.digest}
-        if teacher is None and method.needs.teacher:
-            raise UserError(f"method {method.name!r} needs a teacher; set teacher to an artefact folder.")
-        if method.needs.tangent and not self.strategy.exact_tangents:
+    def image_shape(self) -> tuple[int, ...]:
+        """[C, H, W] of what is trained on. Raises `UserError` where nothing tells it."""
+        shape = getattr(self.loader, "image_shape", None) or self._teacher_shape
+        if shape is None:
             raise UserError(
-                f"method {method.name!r} takes tangents (forward mode), which ZeRO-3 cannot; "
-                "set train.zero_stage to 1 or 2."
+                "the shape of an image is not known: the loader tells none and there is no teacher artefact."
             )
-        if teacher is not None:
-            method.schedule, method.prediction = teacher.schedule, teacher.prediction
-        else:
-            method.schedule = schedules.from_dict(_scheduled(recipe.schedule))
-            method.prediction = predictions.from_dict(recipe.prediction)
-        network = (lambda: nets.build(recipe.network)) if recipe.network is not None else None
-        self.modules: dict[str, nn.Module] = methods.build(method, teacher, network, recipe.adapters)
-        self._averages = [
-            Average(name, str(spec.start), spec.average.decay)
-            for name, spec in method.networks.items()
-            if spec.average is not None
-        ]
-        if recipe.train.ema is not None:
-            self.modules[SAMPLING] = copy.deepcopy(self.modules[method.result]).requires_grad_(False).eval()
-            self._averages.append(Average(SAMPLING, method.result, recipe.train.ema.decay, recipe.train.ema.warmup))
-        if teacher is not None:
-            self.modules["teacher"] = teacher.requires_grad_(False)
-        for module in self.modules.values():
-            module.to(self.strategy.device)
+        return tuple(shape)
 
-    def _place(self) -> None:
-        """Give trained modules to engines, the others to their homes, and all of them to the method."""
-        train, specs = self.recipe.train, self.method.networks
-        owned: dict[str, dict[str, nn.Module]] = {}
-        for name, spec in specs.items():
-            if spec.average is None and any(p.requires_grad for p in self.modules[name].parameters()):
-                owned.setdefault(spec.engine or name, {})[name] = self.modules[name]
-        micro_batch = self.recipe.data.batch_size // (self.strategy.world * train.accumulate)
-        self.engines: dict[str, Engine] = {
-            engine: self.strategy.engine(
-                engine,
-                networks,
-                {name: specs[name].optimizer or train.optimizer for name in networks},
-                clip=train.clip,
-                warmup=train.warmup,
-                micro_batch=micro_batch,
-                accumulate=train.accumulate,
-            )
-            for engine, networks in owned.items()
-        }
-        self._engine_of = {name: self.engines[engine] for engine, networks in owned.items() for name in networks}
-        for name, module in self.modules.items():
-            engine = self._engine_of.get(name)
-            home = module if engine is not None else self.strategy.frozen(module)
-            if name != SAMPLING:
-                setattr(self.method, name, self.strategy.network(home, engine.forward(name) if engine else None))
-        self.averages = Averages(self.strategy, self.modules, self._averages, self._engine_of)
+    def skipped(self) -> float:
+        """How many updates were left out so far, their gradient not being finite."""
+        self.skipped_before += float(torch.stack(self._skipped).sum()) if self._skipped else 0.0
+        self._skipped.clear()
+        return self.skipped_before
+
+    def _announcement(self, total: int) -> str:
+        names = " and ".join(f"{name} ({count:,} parameters)" for name, count in self._sizes.items())
+        places = (
+            f"{self.strategy.world} x {self.strategy.device.type}" if self.strategy.world > 1 else self.strategy.device
+        )
+        return (
+            f"{self.recipe.name}: {self.method.name} trains {names} on {places}, updates {self.step + 1} to {total} of "
+            f"{self.recipe.data.batch_size} images, into {self.output}"
+        )
 
     def _begin(self, index: int, stage: TrainingStage) -> None:
-        """Enter a stage: copies, restarts and pairs, unless a checkpoint brought us into the middle of it."""
+        """Enter a stage, unless a checkpoint brought us into the middle of it."""
         self.method.stage = stage
         self.stage_index = index
-        if self.stage_updates:
-            return
-        for destination, source in stage.copies.items():
-            for name in (destination, source):
-                if name not in self.modules:
-                    raise choose(f"network of stage {stage.name!r}", name, self.modules)
-            copy_module(self.strategy, self.modules[source], self.modules[destination])
-            refresh = getattr(self.strategy, "refresh", None)
-            if refresh is not None:
-                refresh(self.modules[destination])
-            if destination not in self._engine_of:
-                self._replaced.add(destination)
-        for engine in stage.restart:
-            if engine not in self.engines:
-                raise choose(f"engine that stage {stage.name!r} restarts", engine, self.engines)
-            self.engines[engine].restart()
-        if stage.make is not None:
-            network = getattr(self.method, stage.make.network)
-            size = self.recipe.data.batch_size
-            shape, device = self._image_shape(), self.strategy.device
-            self.pairs = pairs.make(stage.make, network, shape, self.classes, self.recipe.seed, size, device)
+        if not self.stage_updates:
+            staging.enter(self, stage)
 
     def _update(self, runs: list[Iterator[Update]]) -> bool:
         """Advance all micro-batches to their next update and take one optimiser step; False at the iteration's end."""
@@ -324,9 +213,9 @@ class Trainer:
             named = name
             if update is None:
                 continue
-            engine = self._engine_of.get(update.network)
+            engine = self.engine_of.get(update.network)
             if engine is None:
-                raise choose(f"network in an update of method {self.method.name!r}", update.network, self._engine_of)
+                raise choose(f"network in an update of method {self.method.name!r}", update.network, self.engine_of)
             if position == 0:
                 self._refuse_leaks(engine, waiting=True)
             self.means.add(f"loss/{update.network}", update.loss)
@@ -337,7 +226,7 @@ class Trainer:
             del update, loss
         if named is None:
             return False
-        engine = self._engine_of[named]
+        engine = self.engine_of[named]
         self._refuse_leaks(engine, waiting=False)
         norm = engine.step(self.averages.decays(engine.networks))
         self.means.add(f"gradient_norm/{engine.name}", norm)
@@ -365,7 +254,7 @@ class Trainer:
         self._skipped.append((~torch.isfinite(norm)).float())
 
     def _not_finite(self, engine: str) -> str:
-        last = checkpoint.listed(self.output / "checkpoints")
+        last = checkpoint.listed(self.output / resuming.FOLDER)
         kept = f"the last checkpoint is {last[-1][1]}" if last else "there is no checkpoint yet"
         return (
             f"the gradient of engine {engine!r} is not finite at update {self.step} ({kept}); "
@@ -375,12 +264,10 @@ class Trainer:
     def _log(self) -> None:
         names, means = self.means.tensor(self.strategy.device)
         values = dict(zip(names, self.strategy.mean(means).tolist()))
-        if self._skipped:
-            skipped = float(torch.stack(self._skipped).sum())
-            if skipped and (self.recipe.train.non_finite == "raise" or skipped >= 10 * self.recipe.train.log_every):
+        skipped = self.skipped()
+        if skipped:
+            if self.recipe.train.non_finite == "raise" or skipped >= 10 * self.recipe.train.log_every:
                 raise UserError(self._not_finite(next(iter(self.engines))))
-            if self.strategy.device.type != "cpu":
-                self._skipped.clear()
             values["skipped"] = skipped
         values["learning_rate"] = next(iter(self.engines.values())).learning_rates()[0]
         self.progress.log(self.step, values)
@@ -396,12 +283,13 @@ class Trainer:
 
         module = self.modules.get(SAMPLING, self.modules[self.method.result])
         seeds = torch.arange(64, device=self.strategy.device) + self.recipe.seed * 0x1000003
-        noise = fk.normal(seeds, self._image_shape())
+        noise = fk.normal(seeds, self.image_shape())
         cond = torch.arange(64, device=self.strategy.device) % self.classes if self.classes else None
+        plan = self.method.sampling(max(self.method.steps_offered))
         training = module.training
         module.eval()
         with torch.no_grad():
-            images = solvers.sample(module, self.method.sampling(PLAN_STEPS[-1]), noise, cond=cond, seeds=seeds)
+            images = solvers.sample(module, plan, noise, cond=cond, seeds=seeds)
         module.train(training)
         if self.strategy.leads:
             path = self.output / "samples" / f"step_{self.step:06d}.png"
@@ -420,110 +308,8 @@ class Trainer:
             device=str(self.strategy.device),
         )
 
-    def _image_shape(self) -> tuple[int, ...]:
-        shape = getattr(self.loader, "image_shape", None) or getattr(self, "_teacher_shape", None)
-        if shape is None:
-            raise UserError(
-                "the shape of an image is not known: the loader tells none and there is no teacher artefact."
-            )
-        return tuple(shape)
-
-    def _whole_state(self, module: nn.Module) -> dict[str, Tensor]:
-        """The module's state on the leading rank, an adapter merged into the teacher it corrects."""
-        state = self.strategy.gather(module)
-        net = getattr(module, "net", None)
-        if not isinstance(net, Adapted):
-            return state
-        base = self.strategy.gather(self.modules["teacher"])
-        if not self.strategy.leads:
-            return state
-        bare = [{name.removeprefix("net."): value for name, value in part.items()} for part in (base, state)]
-        return {f"net.{name}": value for name, value in net.merged(*bare).items()}
-
-    def _changing(self) -> list[str]:
-        """The networks whose weights a checkpoint must hold."""
-        return [name for name in self.modules if name != "teacher" or name in self._replaced]
-
-    def _found(self, resume: bool) -> Checkpoint | None:
-        """The checkpoint to go on from; older ones make way when a run starts anew."""
-        folder = self.output / "checkpoints"
-        self._notices: list[str] = []
-        if not resume:
-            if self.strategy.leads and checkpoint.listed(folder):
-                aside = checkpoint.set_aside(folder)
-                self._notices.append(
-                    f"started anew; the earlier run's checkpoints are in {aside} (--resume would go on)."
-                )
-            self.strategy.barrier()
-            return None
-        step, problems = checkpoint.newest_good(folder)
-        self._notices += [f"{problem}; using the checkpoint before it." for problem in problems]
-        if step is None:
-            self._notices.append(f"no checkpoint in {folder}; starting at the beginning.")
-            return None
-        found = checkpoint.read(folder, step)
-        ours, theirs = self.recipe.to_dict(), found.state["recipe"]
-        for key in FIXED_KEYS:
-            now, then = _at(ours, key), _at(theirs, key)
-            if now != then:
-                raise UserError(
-                    f"{key} is {now!r} but the checkpoint of update {step} was made with {then!r}; make them equal."
-                )
-        return found
-
-    def _restore_modules(self, found: Checkpoint) -> None:
-        self._replaced = set(found.state["replaced"])
-        for name in self._changing():
-            part = f"network.{name}"
-            if part not in found.parts:
-                raise UserError(
-                    f"the checkpoint of update {found.state['step']} lacks network {name!r}; the method has changed."
-                )
-            try:
-                self.modules[name].load_state_dict(found.parts[part])
-            except RuntimeError:
-                raise UserError(
-                    f"the checkpoint's network {name!r} has other parameters than the recipe's; "
-                    "use the recipe it came from."
-                ) from None
-
-    def _restore(self, found: Checkpoint) -> None:
-        state = found.state
-        self.step, self.stage_index, self.stage_updates = state["step"], state["stage"], state["stage_updates"]
-        for name, engine in self.engines.items():
-            engine.load_state(found.parts.get(f"optimizer.{name}", {}))
-            engine.updates = state["engines"][name]
-        self.averages.load_state(state["averages"])
-        self.loader.load_state(state["data"])
-        self.method.load_state(checkpoint.join(state["method"], found.parts.get("method", {})))
-        if "pairs" in found.parts:
-            held = {key: value.to(self.strategy.device) for key, value in found.parts["pairs"].items()}
-            self.pairs = pairs.PairSet(held["noise"], held["images"], held.get("cond"))
-        self._notices.append(f"going on after update {self.step}.")
-
     def _on_signal(self) -> None:
         self._stop = True
-
-
-class _signals:
-    """Ctrl-C and SIGTERM call `stop` once; a second one acts as usual."""
-
-    def __init__(self, stop: Any) -> None:
-        self.stop = stop
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._received)
-
-    def _received(self, number: int, _frame: Any) -> None:
-        self.stop()
-        signal.signal(number, self.before[number])
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def _seed(seed: int, device: torch.device) -> None:
@@ -531,21 +317,3 @@ def _seed(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def _scheduled(section: dict[str, Any]) -> dict[str, Any]:
-    options = dict(section)
-    return schedules.get(options.pop("name"), **options).to_dict()
-
-
-def _config(net: Any) -> dict[str, Any]:
-    """What rebuilds the network."""
-    if not hasattr(net, "config"):
-        raise UserError(f"{type(net).__name__} has no .config that rebuilds it, so it cannot be saved as an artefact.")
-    return dict(net.config)
-
-
-def _at(content: Any, key: str) -> Any:
-    for part in key.split("."):
-        content = content.get(part) if isinstance(content, dict) else None
-    return content

@@ -1,0 +1,105 @@
+"""The networks of a run: made whole on the device, then given to engines, to their homes, and to the method."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fewstep import methods, nets
+from fewstep.diffusion import prediction as predictions
+from fewstep.diffusion import schedules
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.errors import UserError
+from fewstep.train.ema import Average
+from fewstep.train.strategies import Engine, Strategy
+
+if TYPE_CHECKING:
+    from fewstep.config import Recipe
+
+SAMPLING = "sampling_average"  # the student's average that is sampled from and saved
+
+
+def make(
+    recipe: Recipe, method: methods.Method, strategy: Strategy, teacher: Denoiser | None
+) -> tuple[dict[str, nn.Module], list[Average]]:
+    """Every module of the run by name, the teacher and the sampling average among them, and what averages what.
+
+    Sets the method's schedule and prediction. Nothing is sharded yet. Raises `UserError` where the method needs what
+    recipe or strategy lack.
+    """
+    if teacher is None and method.needs.teacher:
+        raise UserError(f"method {method.name!r} needs a teacher; set teacher to an artefact folder.")
+    if method.needs.tangent and not strategy.exact_tangents:
+        raise UserError(
+            f"method {method.name!r} takes tangents (forward mode), which ZeRO-3 cannot; "
+            "set train.zero_stage to 1 or 2."
+        )
+    if teacher is not None:
+        method.schedule, method.prediction = teacher.schedule, teacher.prediction
+    else:
+        method.schedule = schedules.from_dict(_scheduled(recipe.schedule or {}))
+        method.prediction = predictions.from_dict(recipe.prediction or {})
+    described = recipe.network
+    network = None if described is None else (lambda: nets.build(described))
+    modules: dict[str, nn.Module] = methods.build(method, teacher, network, recipe.adapters)
+    averages = [
+        Average(name, str(spec.start), spec.average.decay)
+        for name, spec in method.networks.items()
+        if spec.average is not None
+    ]
+    if recipe.train.ema is not None:
+        modules[SAMPLING] = copy.deepcopy(modules[method.result]).requires_grad_(False).eval()
+        averages.append(Average(SAMPLING, method.result, recipe.train.ema.decay, recipe.train.ema.warmup))
+    if teacher is not None:
+        modules["teacher"] = teacher.requires_grad_(False)
+    for module in modules.values():
+        module.to(strategy.device)
+    return modules, averages
+
+
+def place(
+    recipe: Recipe, method: methods.Method, strategy: Strategy, modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, Engine], dict[str, Engine]]:
+    """Give trained modules to engines, the others to their homes, and all of them to the method.
+
+    Returns the engines by name, and the engine of each trained network.
+    """
+    train, specs = recipe.train, method.networks
+    owned: dict[str, dict[str, nn.Module]] = {}
+    for name, spec in specs.items():
+        if spec.average is None and any(p.requires_grad for p in modules[name].parameters()):
+            owned.setdefault(spec.engine or name, {})[name] = modules[name]
+    micro_batch = recipe.data.batch_size // (strategy.world * train.accumulate)
+    engines = {
+        engine: strategy.engine(
+            engine,
+            networks,
+            {name: specs[name].optimizer or train.optimizer for name in networks},
+            clip=train.clip,
+            warmup=train.warmup,
+            micro_batch=micro_batch,
+            accumulate=train.accumulate,
+        )
+        for engine, networks in owned.items()
+    }
+    engine_of = {name: engines[engine] for engine, networks in owned.items() for name in networks}
+    for name, module in modules.items():
+        engine = engine_of.get(name)
+        home = module if engine is not None else strategy.frozen(module)
+        if name != SAMPLING:
+            setattr(method, name, strategy.network(home, engine.forward(name) if engine else None))
+    return engines, engine_of
+
+
+def sizes(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """The number of trained parameters of each network that has any; ask before anything is sharded."""
+    counted = {name: sum(p.numel() for p in module.parameters() if p.requires_grad) for name, module in modules.items()}
+    return {name: count for name, count in counted.items() if count}
+
+
+def _scheduled(section: dict[str, Any]) -> dict[str, Any]:
+    options = dict(section)
+    return schedules.get(options.pop("name"), **options).to_dict()
