@@ -25,6 +25,7 @@ from . import backends, ema, native, registration
 from .ema import Scalar
 
 MOST_AVERAGES = 4
+FIRST_DECAY = 7  # among the scalars: learning rate, betas, epsilon, gradient scale, guard, update, then the decays
 _EMPTY = 16
 
 
@@ -103,6 +104,80 @@ def _call_c(rows, device_of, profiles, scalars, seed) -> None:
         None if seed is None else ctypes.byref(ctypes.c_int64(seed)),
         corrections.data_ptr(),
     )
+
+
+def _step(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    working: Sequence[Tensor],
+    moving: Sequence[int],
+    copied: Sequence[int],
+    weight_decays: Sequence[float],
+    scalars: Sequence[float],
+    on_device: Sequence[Tensor | None],
+    seed: int | None,
+    origins: Sequence[int],
+) -> None:
+    """The raw operator. Gradients and states belong to the parameters numbered by `moving`, working to those by
+    `copied`; averages lie one profile after another; scalars as the C function takes them."""
+    count = len(parameters)
+    lists: list[list[Any]] = [[None] * count for _ in range(5)]
+    for values, given, places in zip(
+        lists,
+        (gradients, exp_avgs, exp_avg_sqs, steps, working),
+        (moving, moving, moving, moving, copied),
+    ):
+        for i, tensor in zip(places, given):
+            values[i] = tensor
+    states, copies = lists[:4], lists[4]
+    profiles = [averages[k * count : (k + 1) * count] for k in range(len(scalars) - FIRST_DECAY)]
+    rows, rest = [], []
+    fast = backends.choose("adamw_ema_step", parameters[0].device.type)[0] != "reference"
+    for i, parameter in enumerate(parameters):
+        own = tuple(profile[i] for profile in profiles)
+        flat = (states[0][i], states[1][i], states[2][i], copies[i], *own)
+        if fast and all(x is None or ema.fits(x, parameter) for x in flat):
+            rows.append((parameter, *(values[i] for values in states), weight_decays[i], copies[i], origins[i], own))
+        else:
+            rest.append(i)
+    numbers = ema.given_scalars(scalars, on_device)
+    if rows:
+        _call_c(rows, parameters[0], len(profiles), numbers, seed)
+    if rest:
+        _by_reference(parameters, states, profiles, copies, weight_decays, numbers, seed, origins, rest)
+
+
+def _by_reference(parameters, states, profiles, copies, weight_decays, scalars, seed, origins, members) -> None:
+    lr, beta1, beta2, epsilon, gradient_scale, guard, update, *decays = scalars
+    picked = [[values[i] for i in members] for values in (parameters, *states)]
+    reference(
+        *picked,
+        lr=lr,
+        betas=(beta1, beta2),
+        epsilon=epsilon,
+        weight_decays=[weight_decays[i] for i in members],
+        gradient_scale=gradient_scale,
+        guard=guard if isinstance(guard, Tensor) else None,
+        averages=[[profile[i] for i in members] for profile in profiles],
+        decays=decays,
+        working=[copies[i] for i in members],
+        seed=seed,
+        update=update,
+        origins=[origins[i] for i in members],
+    )
+
+
+_raw = registration.define(
+    "_adamw_ema_step(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] steps, Tensor(e!)[] averages, Tensor(f!)[] working, int[] moving, int[] copied, "
+    "float[] weight_decays, float[] scalars, Tensor?[] on_device, int? seed, int[] origins) -> ()",
+    _step,
+    lambda *given: None,
+)
 
 
 def _check(parameters, gradients, exp_avgs, exp_avg_sqs, steps, weight_decays, averages, decays, working, origins):
@@ -191,36 +266,21 @@ def adamw_ema_step(
             raise ValueError(f"betas must be in [0, 1); got {betas}.")
     if guard is not None:
         ema.check_scalar("guard", guard, device, 0.0, 0.0)
-    use_c = backends.choose("adamw_ema_step", device.type)[0] != "reference" and not registration.tracing()
-    rows, rest = [], []
-    for i, parameter in enumerate(parameters):
-        gradient = gradients[i]
-        states = (None, None, None) if gradient is None else (exp_avgs[i], exp_avg_sqs[i], steps[i])
-        own = tuple(profile[i] for profile in averages)
-        flat = (gradient, states[0], states[1], copies[i], *own)
-        if use_c and all(x is None or ema.fits(x, parameter) for x in flat):
-            rows.append((parameter, gradient, *states, weight_decays[i], copies[i], starts[i], own))
-        else:
-            rest.append(i)
-    if rows:
-        scalars = (lr, *betas, epsilon, gradient_scale, 0.0 if guard is None else guard, update, *decays)
-        _call_c(rows, parameters[0], len(averages), scalars, seed)
-    if rest:
-        pick: list[Any] = [
-            [values[i] for i in rest] for values in (parameters, gradients, exp_avgs, exp_avg_sqs, steps)
-        ]
-        reference(
-            *pick,
-            lr=lr,
-            betas=betas,
-            epsilon=epsilon,
-            weight_decays=[weight_decays[i] for i in rest],
-            gradient_scale=gradient_scale,
-            guard=guard,
-            averages=[[profile[i] for i in rest] for profile in averages],
-            decays=decays,
-            working=[copies[i] for i in rest],
-            seed=seed,
-            update=update,
-            origins=[starts[i] for i in rest],
-        )
+    moving = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    lists = (gradients, exp_avgs, exp_avg_sqs, steps)
+    scalars = (lr, *betas, epsilon, gradient_scale, 0.0 if guard is None else guard, update, *decays)
+    if registration.tracing():
+        _by_reference(parameters, lists, averages, copies, weight_decays, scalars, seed, starts, range(count))
+        return
+    states = [[cast("Tensor", values[i]) for i in moving] for values in lists]
+    flat = [average for profile in averages for average in profile]
+    copied = [i for i, copy in enumerate(copies) if copy is not None]
+    targets = [cast("Tensor", copies[i]) for i in copied]
+    quiet = registration.quiet()
+    if not quiet:
+        ema.refuse_transforms("adamw_ema_step", (*parameters, *(x for values in states for x in values), *flat))
+    numbers, on_device = ema.taken_scalars(scalars)
+    run: Any = _step if quiet else _raw
+    run(parameters, *states, flat, targets, moving, copied, weight_decays, numbers, on_device, seed, starts)
+    moved = [parameters[i] for i in moving]
+    torch.autograd.graph.increment_version((*moved, *(x for values in states[1:] for x in values), *flat, *targets))

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fewstep_kernels import adamw_ema_step, ema_update
 from fewstep_kernels.adamw_ema import reference
@@ -213,6 +215,86 @@ def test_layouts_with_holes_and_other_orders():
     for found, other in zip(everything(tensors), everything(expected)):
         torch.testing.assert_close(found, other, rtol=1e-6, atol=1e-6)  # the reference serves them: other roundings
     assert (wide[:, 1::2] == 0).all()
+
+
+def test_the_raw_operator_keeps_torch_s_rules():
+    raw = torch.ops.fewstep_kernels._adamw_ema_step.default
+    for seed, missing in ((None, ()), (3, (1,))):
+        tensors = problem(average=torch.bfloat16, profiles=2, shapes=((3,), (2, 5), (0,)))
+        moving = [i for i in range(3) if i not in missing]
+        states = [[tensors[name][i] for i in moving] for name in ("gradients", "exp_avgs", "exp_avg_sqs", "steps")]
+        flat = [average for profile in tensors["averages"] for average in profile]
+        scalars = [1e-2, 0.9, 0.99, 1e-8, 0.5, 0.0, 4.0, 0.9, 0.0]
+        on_device = [None] * 8 + [torch.tensor(0.99)]
+        copy = [torch.zeros(2, 5, dtype=torch.bfloat16)]
+        rest = (moving, [1], [0.1, 0.0, 0.1], scalars, on_device, seed, element_origins(tensors["parameters"]))
+        torch.library.opcheck(raw, (tensors["parameters"], *states, flat, copy, *rest))
+
+
+def test_a_compiled_step_and_a_watched_one_equal_the_eager_one():
+    def step(tensors, lr):
+        take(adamw_ema_step, tensors, decays=(0.9, 0.5), lr=lr, weight_decay=0.1, guard=torch.ones(()))
+
+    shapes = ((63,), (5, 7))
+    eager, compiled, watched = (problem(profiles=2, shapes=shapes) for _ in range(3))
+    step(eager, torch.tensor(1e-2))
+    torch.compile(step, fullgraph=True)(compiled, torch.tensor(1e-2))
+    with torch.profiler.profile() as profile:
+        step(watched, torch.tensor(1e-2))
+    assert any(event.key == "fewstep_kernels::_adamw_ema_step" for event in profile.key_averages())
+    for found, seen, generated in zip(everything(eager), everything(watched), everything(compiled)):
+        assert torch.equal(found, seen)
+        torch.testing.assert_close(generated, found, rtol=1e-5, atol=1e-6)  # a few float32 roundings
+
+
+def test_autograd_notices_what_moved():
+    for name in ("parameters", "exp_avgs", "exp_avg_sqs"):
+        tensors = problem(shapes=((3,),))
+        weight = torch.ones(3, requires_grad=True)
+        answer = (weight * tensors[name][0]).sum()
+        take(adamw_ema_step, tensors)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            answer.backward()
+
+
+def test_function_transforms_are_refused():
+    fixed = problem(shapes=((3,),))
+
+    def stepped(gradient):
+        tensors = copied(fixed) | {"gradients": [gradient]}
+        take(adamw_ema_step, tensors)
+        return gradient.sum()
+
+    for transform, argument in ((torch.func.grad, torch.ones(3)), (torch.func.vmap, torch.ones(2, 3))):
+        with pytest.raises(RuntimeError, match="adamw_ema_step writes in place and has no derivatives"):
+            transform(stepped)(argument)
+
+
+KINDS = st.sampled_from((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 70), max_size=3).map(tuple), min_size=1, max_size=4),
+    dtypes=st.tuples(KINDS, KINDS, KINDS, KINDS),
+    decays=st.lists(st.floats(0.0, 1.0), max_size=4),
+    missing=st.sets(st.integers(0, 3)),
+    seed=st.sampled_from((None, 7)),
+)
+def test_any_shapes_and_dtypes_equal_the_reference(shapes, dtypes, decays, missing, seed):
+    dtype, gradient, state, average = dtypes
+    ours = problem(dtype, gradient, state, average, profiles=len(decays), shapes=shapes)
+    for name in ("gradients", "exp_avgs", "exp_avg_sqs", "steps"):
+        ours[name] = [None if i in missing else x for i, x in enumerate(ours[name])]
+    before, expected = copied(ours), copied(ours)
+    take(adamw_ema_step, ours, decays=decays, seed=seed, update=3)
+    extra = {"weight_decays": [0.0] * len(shapes), "working": [None] * len(shapes)}
+    take(reference, expected, decays=decays, seed=seed, update=3, origins=element_origins(ours["parameters"]), **extra)
+    for found, other, old in zip(everything(ours), everything(expected), everything(before)):
+        # a few float32 roundings of the value and of the step, then at most one unit of a 16-bit result
+        eps = max(8 * 2.0**-24, 1.01 * torch.finfo(found.dtype).eps)
+        least = float(old.abs().max()) * 4e-7 + 2e-6 if old.numel() else 0.0
+        torch.testing.assert_close(found, other, rtol=eps, atol=least)
 
 
 @pytest.mark.parametrize(
