@@ -10,12 +10,13 @@ import pytest
 from fewstep import solvers
 from fewstep.diffusion import schedules
 from fewstep.errors import UserError
-from fewstep.solvers import grids
+from fewstep.solvers import grids, spacing
 
 ALL = schedules.names()
 
 
-TABLES = {"leading", "trailing", "linspace", "lcm", "align_your_steps", "searched"}  # these have their own start
+TABLES = {"leading", "trailing", "linspace", "lcm", "cm", "align_your_steps", "searched"}  # these have their own start
+TABLES |= {"flow_shift", "linear_quadratic"}
 
 
 @pytest.mark.parametrize("grid", [name for name in grids.names() if name not in TABLES])
@@ -96,7 +97,7 @@ def test_align_your_steps_interpolates_log_sigma_between_its_ten_levels():
 def test_beta_quantiles_have_their_share_below_them(a, b):
     points = 20_001
     for share in (0.03, 0.4, 0.9):
-        found = grids._beta_quantile(share, a, b)
+        found = spacing.beta_quantile(share, a, b)
         # the integral up to the quantile, in x = u^4 so that the density's pole at 0 is integrable by midpoints
         step = found**0.25 / points
         places = [(i + 0.5) * step for i in range(points)]
@@ -111,13 +112,58 @@ def test_the_beta_grid_is_dense_at_both_ends():
     assert steps == pytest.approx(steps[::-1], rel=1e-6) and steps[0] < 0.5 * steps[4]
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("grid", ["cm", "flow_shift", "linear_quadratic", "scm"])
+def test_few_step_grids_fall_from_the_first_time_to_the_clean_end_on_any_schedule(grid, name):
+    schedule = schedules.get(name)
+    for steps in (1, 2, 3, 10):
+        times = grids.times(grid, schedule, steps)
+        assert times[0] == schedule.t_max and times[-1] == schedule.t_clean and len(times) == steps + 1
+
+
+def test_consistency_models_are_sampled_at_the_levels_they_are_trained_at():
+    schedule = schedules.get("edm")
+    trained = grids.times({"name": "karras", "zero": "none"}, schedule, 39)
+    assert grids.times({"name": "cm", "picked": [0, 22]}, schedule, 2) == (trained[0], trained[22], 0.0)
+    assert grids.times("cm", schedule, 4) == (*(trained[i] for i in (0, 10, 20, 30)), 0.0)
+
+
+def test_scm_is_even_in_the_angle_but_for_its_middle():
+    schedule = schedules.get("trigflow")
+    assert grids.times("scm", schedule, 2) == pytest.approx((math.atan(160), 1.3, 0.0))
+    assert grids.times({"name": "scm", "middle": 1.1}, schedule, 2)[1] == pytest.approx(1.1)
+    assert grids.times({"name": "scm", "middle": None}, schedule, 2) == grids.times("uniform", schedule, 2)
+    assert grids.times("scm", schedule, 5) == pytest.approx(grids.times("uniform", schedule, 5))
+    edm, same = schedules.get("edm"), grids.times("scm", schedule, 3)
+    assert grids.times("scm", edm, 3)[1:] == pytest.approx([0.5 * math.tan(t) for t in same[1:]])
+
+
+def test_kl_optimal_is_the_closed_form_for_gaussian_data():
+    times = grids.times({"name": "kl_optimal", "zero": "none", "data_std": 0.5}, schedules.get("edm"), 6)
+    high, low = math.atan(80 / 0.5), math.atan(0.002 / 0.5)
+    assert times == pytest.approx([0.5 * math.tan(high + i / 6 * (low - high)) for i in range(7)], rel=1e-9)
+
+
+def test_a_flow_shift_is_applied_once_whatever_the_schedules_own():
+    expected = [3 * u / (1 + 2 * u) for u in (1.0, 0.75, 0.5, 0.25, 0.0)]
+    for own in (1.0, 3.0, 7.0):
+        schedule = schedules.get("flow", shift=own)
+        times = grids.times({"name": "flow_shift", "shift": 3.0}, schedule, 4)
+        assert [schedule.sigma(t) for t in times] == pytest.approx(expected)
+        assert grids.times({"name": "flow_shift", "mu": math.log(3.0)}, schedule, 4) == pytest.approx(times)
+    schedule = schedules.get("flow", shift=5.0)
+    assert grids.times("flow_shift", schedule, 4) == pytest.approx(grids.times("uniform", schedule, 4))
+    one, other = (grids.times({"name": "flow_shift", **o}, schedule, 4) for o in ({"image_length": 256}, {"mu": 0.5}))
+    assert one == pytest.approx(other)
+
+
 @pytest.mark.parametrize(
     ("grid", "steps", "words"),
     [
         (
             "karas",
             4,
-            "grid 'karas' is not known (did you mean 'karras'?); choose one of: align_your_steps, beta, exponential",
+            "grid 'karas' is not known (did you mean 'karras'?); choose one of: align_your_steps, beta, cm,",
         ),
         ("karras", 0, "steps is 0; give a whole number of at least 1"),
         ("karras", 2.5, "steps is 2.5"),
@@ -128,6 +174,14 @@ def test_the_beta_grid_is_dense_at_both_ends():
         ({"rho": 7}, 4, "grid None is not known"),
         ("leading", 4, "grid 'leading' counts the indices of sd and sdxl, not 'edm'"),
         ({"name": "align_your_steps", "model": "sd2"}, 4, "model of grid 'align_your_steps', 'sd2' is not known"),
+        ({"name": "karras", "coordinate": "t"}, 4, "coordinate of grid 'karras', 't' is not known"),
+        ({"name": "cm", "picked": [0, 40]}, 2, "picked=[0, 40]; give 2 indices from 0 to 39"),
+        ({"name": "cm", "picked": [22, 0]}, 2, "grid 'cm' must be strictly falling"),
+        ({"name": "scm", "middle": 2.0}, 2, "middle=2.0; give an angle above 0 and below pi/2"),
+        ({"name": "flow_shift", "shift": 3.0, "mu": 1.0}, 2, "got shift and mu; give one of"),
+        ({"name": "flow_shift", "shift": 0.0}, 2, "got a shift of 0.0; give a number above 0"),
+        ({"name": "flow_shift", "terminal": 0.1}, 1, "cannot end on a terminal level in 1 step"),
+        ({"name": "linear_quadratic", "linear_steps": 4}, 4, "linear_steps=4 of 4 steps"),
         ({"name": "beta", "a": 0.0}, 4, "a=0.0 and b=0.6; give numbers above 0"),
         ([0.9, 0.5, 0.6, 0.1, 0.0], 4, "a custom grid must be strictly falling and goes from 0.5 to 0.6"),
         ([0.1, 0.5, 0.4, 0.6, 0.9], 4, "a custom grid must be strictly rising and goes from 0.5 to 0.4"),

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError, choose
-from fewstep.solvers import grid_files, indices
+from fewstep.solvers import flow_grids, grid_files, indices, spacing
 
 Grid = str | Sequence[float] | Mapping[str, Any]
 
@@ -34,6 +33,11 @@ def _grid(name: str) -> Callable[[Callable[..., list[float]]], Callable[..., lis
 def names() -> list[str]:
     """The grids `times` knows by name; a list of times is a grid too."""
     return sorted(_GRIDS)
+
+
+def describe() -> dict[str, str]:
+    """What each grid is and whose."""
+    return {name: " ".join(str(inspect.getdoc(_GRIDS[name])).partition("\n\n")[0].split()) for name in names()}
 
 
 def times(grid: Grid | None, schedule: Schedule, steps: int, *, zero: str | None = None) -> tuple[float, ...]:
@@ -91,180 +95,6 @@ def _checked(values: Sequence[float], what: str, falling: bool) -> tuple[float, 
     return tuple(values)
 
 
-def _laid(
-    schedule: Schedule,
-    steps: int,
-    start: float | None,
-    end: float | None,
-    zero: str,
-    place: Callable[[float, float, float], float],
-    finite: bool = False,
-) -> list[float]:
-    """Times at place(fraction, start, end); `finite` moves a start without signal to just below."""
-    if zero not in ("append", "replace", "none"):
-        raise choose("zero", zero, ("append", "replace", "none"))
-    first = schedule.t_max if start is None else float(start)
-    last = schedule.t_min if end is None else float(end)
-    near = first
-    if finite and not schedule.ratio(first) < 1e12:
-        near = first - 1e-3 * (first - schedule.t_clean)
-    if finite and not schedule.ratio(last) > 0:
-        raise UserError(
-            f"this grid is laid in sigma/alpha and cannot end at t={last!r}, where it is zero; give end > {last!r}."
-        )
-    points = steps if zero == "append" else steps + 1
-    values = [place(i / max(points - 1, 1), near, last) for i in range(points)]
-    values[0] = first
-    if points > 1:
-        values[-1] = last
-    if zero == "append":
-        values.append(schedule.t_clean)
-    elif zero == "replace":
-        values[-1] = schedule.t_clean
-    return values
-
-
-@_grid("uniform")
-def uniform(
-    schedule: Schedule, steps: int, start: float | None = None, end: float | None = None, zero: str = "none"
-) -> list[float]:
-    """Linear in t; down to t_clean unless `end` is given. On the sd schedule: diffusers' "trailing"."""
-    last = schedule.t_clean if end is None and zero != "append" else end
-    return _laid(schedule, steps, start, last, zero, lambda u, a, b: a + u * (b - a))
-
-
-@_grid("quadratic")
-def quadratic(
-    schedule: Schedule,
-    steps: int,
-    start: float | None = None,
-    end: float | None = None,
-    zero: str = "none",
-    power: float = 2.0,
-) -> list[float]:
-    """Linear in t^(1/power), counted from t_clean (DDIM, 2010.02502, appendix D.2; DEIS' ts_order)."""
-    clean = schedule.t_clean
-    last = clean if end is None and zero != "append" else end
-    if not power > 0:
-        raise UserError(f"grid 'quadratic' got power={power!r}; give a number above 0.")
-
-    def place(u: float, a: float, b: float) -> float:
-        low, high = (b - clean) ** (1 / power), (a - clean) ** (1 / power)
-        return clean + (high + u * (low - high)) ** power
-
-    return _laid(schedule, steps, start, last, zero, place)
-
-
-@_grid("karras")
-def karras(
-    schedule: Schedule,
-    steps: int,
-    start: float | None = None,
-    end: float | None = None,
-    zero: str = "append",
-    rho: float = 7.0,
-) -> list[float]:
-    """Linear in tau^(1/rho), tau = sigma/alpha (2206.00364, eq. 5)."""
-    if not rho > 0:
-        raise UserError(f"grid 'karras' got rho={rho!r}; give a number above 0 (the paper's is 7).")
-
-    def place(u: float, a: float, b: float) -> float:
-        high, low = float(schedule.ratio(a)) ** (1 / rho), float(schedule.ratio(b)) ** (1 / rho)
-        return float(schedule.time_of_ratio((high + u * (low - high)) ** rho))
-
-    return _laid(schedule, steps, start, end, zero, place, finite=True)
-
-
-@_grid("log_snr")
-def log_snr(
-    schedule: Schedule, steps: int, start: float | None = None, end: float | None = None, zero: str = "append"
-) -> list[float]:
-    """Linear in lambda = log(alpha/sigma) (2206.00927, section 3.4); the same as exponential in tau."""
-    return exponential(schedule, steps, start, end, zero)
-
-
-@_grid("exponential")
-def exponential(
-    schedule: Schedule,
-    steps: int,
-    start: float | None = None,
-    end: float | None = None,
-    zero: str = "append",
-    rho: float = 1.0,
-) -> list[float]:
-    """log tau falls linearly (rho = 1), or with the ramp (1 - u)^rho (k-diffusion's polyexponential)."""
-    if not rho > 0:
-        raise UserError(f"grid 'exponential' got rho={rho!r}; give a number above 0.")
-
-    def place(u: float, a: float, b: float) -> float:
-        high, low = float(schedule.half_log_snr(a)), float(schedule.half_log_snr(b))
-        return float(schedule.time_of_half_log_snr(low + (1.0 - u) ** rho * (high - low)))
-
-    return _laid(schedule, steps, start, end, zero, place, finite=True)
-
-
-@_grid("beta")
-def beta(
-    schedule: Schedule,
-    steps: int,
-    start: float | None = None,
-    end: float | None = None,
-    zero: str = "append",
-    a: float = 0.6,
-    b: float = 0.6,
-    coordinate: str = "t",
-) -> list[float]:
-    """Quantiles of the Beta(a, b) distribution between the end and the start: denser at both (2407.12173).
-
-    `coordinate` is what they are quantiles of: "t" (the paper's) or "ratio" (sigma/alpha, diffusers').
-    """
-    if not (a > 0 and b > 0):
-        raise UserError(f"grid 'beta' got a={a!r} and b={b!r}; give numbers above 0.")
-    if coordinate not in ("t", "ratio"):
-        raise choose("coordinate of grid 'beta',", coordinate, ("t", "ratio"))
-
-    def place(u: float, high: float, low: float) -> float:
-        share = _beta_quantile(1.0 - u, a, b)
-        if coordinate == "t":
-            return low + share * (high - low)
-        top, bottom = float(schedule.ratio(high)), float(schedule.ratio(low))
-        return float(schedule.time_of_ratio(bottom + share * (top - bottom)))
-
-    return _laid(schedule, steps, start, end, zero, place, finite=coordinate == "ratio")
-
-
-def _beta_quantile(share: float, a: float, b: float) -> float:
-    """x with I_x(a, b) = share, by bisection."""
-    if share <= 0.0 or share >= 1.0:
-        return min(max(share, 0.0), 1.0)
-    low, high = 0.0, 1.0
-    for _ in range(200):
-        middle = 0.5 * (low + high)
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if _beta_share(middle, a, b) < share else (low, middle)
-    return 0.5 * (low + high)
-
-
-def _beta_share(x: float, a: float, b: float) -> float:
-    """The regularised incomplete beta function, by its continued fraction (Numerical Recipes, section 6.4)."""
-    if x > (a + 1.0) / (a + b + 2.0):
-        return 1.0 - _beta_share(1.0 - x, b, a)
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
-    c, d = 1.0, 1.0 / (1.0 - (a + b) * x / (a + 1.0))
-    total = d
-    for m in range(1, 500):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        d, c = 1.0 / (1.0 + even * d), 1.0 + even / c
-        total *= d * c
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        d, c = 1.0 / (1.0 + odd * d), 1.0 + odd / c
-        total *= d * c
-        if abs(d * c - 1.0) < 1e-16:
-            break
-    return front * total / a
-
-
 @_grid("searched")
 def searched(
     schedule: Schedule,
@@ -306,14 +136,25 @@ def portable(grid: Mapping[str, Any]) -> Mapping[str, Any]:
     return grid
 
 
-for _name, _function in (
-    ("leading", indices.leading),
-    ("trailing", indices.trailing),
-    ("linspace", indices.linspace),
-    ("lcm", indices.lcm),
-    ("align_your_steps", indices.align_your_steps),
+for _function in (
+    spacing.uniform,
+    spacing.quadratic,
+    spacing.karras,
+    spacing.log_snr,
+    spacing.exponential,
+    spacing.beta,
+    spacing.kl_optimal,
+    spacing.scm,
+    indices.leading,
+    indices.trailing,
+    indices.linspace,
+    indices.lcm,
+    indices.cm,
+    indices.align_your_steps,
+    flow_grids.flow_shift,
+    flow_grids.linear_quadratic,
 ):
-    _grid(_name)(_function)
+    _grid(_function.__name__)(_function)
 
 
 def is_rising(values: Sequence[float]) -> bool:

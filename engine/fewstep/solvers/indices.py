@@ -1,11 +1,15 @@
-"""Time grids made of published tables: Stable Diffusion's spacings of its 1000 indices, LCM's and Align-Your-Steps'."""
+"""Time grids made of published tables: Stable Diffusion's spacings of its 1000 indices, LCM's, consistency models', and
+Align-Your-Steps'.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from fewstep.diffusion.schedules import DiscreteVariancePreserving, Schedule
 from fewstep.errors import UserError, choose
+from fewstep.solvers import spacing
 
 
 def _train_steps(schedule: Schedule, grid: str, steps: int) -> int:
@@ -53,6 +57,29 @@ def lcm(schedule: Schedule, steps: int, original_steps: int = 50, end: float | N
     stride = train // original_steps
     falling = [stride * k - 1 for k in range(original_steps, 0, -1)]
     return _ended(schedule, [falling[math.floor(i * original_steps / steps)] for i in range(steps)], end)
+
+
+def cm(
+    schedule: Schedule,
+    steps: int,
+    train_steps: int = 40,
+    picked: Sequence[int] | None = None,
+    rho: float = 7.0,
+    end: float | None = None,
+) -> list[float]:
+    """Consistency models' times: of the `train_steps` Karras levels they are trained between, counted from t_max, every
+    (train_steps // steps)-th, or those `picked`: [0, 22] on ImageNet-64, [0, 17] on LSUN (2303.01469, appendix C;
+    diffusers' CMStochasticIterativeScheduler).
+    """
+    if train_steps < max(steps, 2):
+        raise UserError(f"grid 'cm' got train_steps={train_steps!r} for {steps} steps; give at least {max(steps, 2)}.")
+    if not rho > 0:
+        raise UserError(f"grid 'cm' got rho={rho!r}; give a number above 0 (the paper's is 7).")
+    chosen = [i * (train_steps // steps) for i in range(steps)] if picked is None else list(picked)
+    if len(chosen) != steps or any(isinstance(i, bool) or i not in range(train_steps) for i in chosen):
+        raise UserError(f"grid 'cm' got picked={chosen!r}; give {steps} indices from 0 to {train_steps - 1}.")
+    levels = spacing.karras(schedule, train_steps - 1, zero="none", rho=rho)
+    return _ended(schedule, [levels[i] for i in chosen], end)
 
 
 # 2404.14507, appendix; the ten-step sigmas as NVIDIA and diffusers publish them
