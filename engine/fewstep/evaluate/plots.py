@@ -1,27 +1,36 @@
-"""The report's plots as SVG, coloured by the page's variables so that they follow its light or dark theme."""
+"""The report's plots as SVG, coloured by the page's variables so that they follow its light or dark theme.
+
+Every plot is drawn twice, for a wide and for a narrow page, at one size of letters; the page's style shows one of them.
+Curves are named where they run, not in a legend.
+"""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from fewstep.evaluate.placing import LETTER, Axis, Box, Room, around, number
 
 Point = tuple[float, float]
-COLOURS = 5
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 14, 50
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 14, 46  # pixels of margin around a plot's frame
+WIDE, NARROW = (560, 340), (350, 320)
 
 
-def colour(number: int) -> str:
-    return f"var(--c{number % COLOURS})"
+@dataclass(frozen=True)
+class Series:
+    """Points of one sampler or network; `words` beside each point, where given; `name` may be empty."""
 
-
-def legend(names: Sequence[str]) -> str:
-    items = (f'<li><i style="background:{colour(n)}"></i>{html.escape(name)}</li>' for n, name in enumerate(names))
-    return f'<ul class="legend">{"".join(items)}</ul>'
+    name: str
+    points: Sequence[Point]
+    colour: str
+    words: Sequence[str] = field(default=())
+    dashed: bool = False
 
 
 def lines(
-    series: Mapping[str, Sequence[Point]],
+    series: Sequence[Series],
     *,
     x: str,
     y: str,
@@ -30,144 +39,175 @@ def lines(
     floor: tuple[float, str] | None = None,
     marks: bool = True,
     ticks: Sequence[float] | None = None,
-    size: tuple[int, int] = (560, 330),
 ) -> str:
-    """Curves by name, with their legend; `floor` is a level to mark with its words. Values not finite are left out."""
-    kept = {
-        name: [p for p in points if all(map(math.isfinite, p)) and (p[0] > 0 or not log_x) and (p[1] > 0 or not log_y)]
-        for name, points in series.items()
-    }
-    everything = [point for points in kept.values() for point in points]
+    """Curves with their names; `floor` is a level to mark with its words. Values not finite are left out."""
+    kept = [_drawable(each, log_x, log_y) for each in series]
+    everything = [point for each in kept for point in each.points]
     if not everything:
         return '<p class="note">No finite value to draw.</p>'
-    width, height = size
-    levels = [p[1] for p in everything] + ([floor[0]] if floor else [])
-    across = _Axis([p[0] for p in everything], log_x, _LEFT, width - _RIGHT, ticks, tight=True)
-    up = _Axis(levels, log_y, height - _BOTTOM, _TOP, None, zero=not log_y)
-    parts = [_frame(across, up, width, height, x, y)]
-    if floor:
-        level = up(floor[0])
-        parts.append(
-            f'<line x1="{_LEFT}" x2="{width - _RIGHT}" y1="{level:.1f}" y2="{level:.1f}" stroke="var(--soft)" '
-            f'stroke-dasharray="5 4"/><text x="{width - _RIGHT}" y="{level + 16:.1f}" text-anchor="end">'
-            f"{html.escape(floor[1])}</text>"
-        )
-    for number, (name, points) in enumerate(kept.items()):
-        path = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in points)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour(number)}" stroke-width="2.2" '
-            'stroke-linejoin="round" stroke-linecap="round"/>'
-        )
+    levels = [b for _, b in everything] + ([floor[0]] if floor else [])
+
+    def draw(width: int, height: int) -> str:
+        across = Axis([a for a, _ in everything], _LEFT, width - _RIGHT, log=log_x, ticks=ticks)
+        up = Axis(levels, height - _BOTTOM, _TOP, log=log_y, zero=True, pad=0.09 if log_y else 0.04)
+        room = Room((_LEFT, 0, width, height - _BOTTOM))
+        parts = [_frame(across, up, width, height, x, y)]
+        paths = [[(across(a), up(b)) for a, b in each.points] for each in kept]
+        boxes = [room.keep_path_clear(path) for path in paths]
         if marks:
-            parts += [_dot(across(a), up(b), number, f"{name}: {a:g}, {b:.4g}") for a, b in points]
-    return legend(list(kept)) + _svg(width, height, "".join(parts), f"{y} against {x}")
+            room.keep_clear((a - 5, b - 5, a + 5, b + 5) for path in paths for a, b in path)
+        if floor:
+            level = up(floor[0])
+            parts.append(
+                f'<line class="floor" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{level:.1f}" y2="{level:.1f}" '
+                'stroke="var(--soft)" stroke-dasharray="5 4"/>'
+            )
+            ends = ((_LEFT + 4, "start"), (width - _RIGHT, "end"))
+            parts.append(room.place(floor[1], [(at, level + down, to) for down in (15, -6) for at, to in ends]))
+        for each, path in zip(kept, paths):
+            parts.append(_path(path, each))
+            if marks:
+                parts += [
+                    _dot(*at, each.colour, f"{each.name}: {number(a)}, {b:.4g}")
+                    for at, (a, b) in zip(path, each.points)
+                ]
+        parts += _names(room, kept, paths, boxes)
+        return "".join(parts)
+
+    return _twice(draw, f"{y} against {x}")
 
 
-def scatter(
-    series: Mapping[str, Sequence[tuple[float, float, str]]], *, x: str, y: str, size: tuple[int, int] = (560, 330)
-) -> str:
-    """Points (x, y, label) by series, joined in order by a thin line."""
-    everything = [point for points in series.values() for point in points]
+def scatter(series: Sequence[Series], *, x: str, y: str) -> str:
+    """Points with their words, those of a series joined in order by a thin line."""
+    everything = [point for each in series for point in each.points]
     if not everything:
         return '<p class="note">No point to draw.</p>'
-    width, height = size
-    across = _Axis([p[0] for p in everything], False, _LEFT, width - _RIGHT - 10, None, pad=0.12)
-    up = _Axis([p[1] for p in everything], False, height - _BOTTOM, _TOP, None, pad=0.12)
-    parts = [_frame(across, up, width, height, x, y)]
-    for number, (name, points) in enumerate(series.items()):
-        path = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b, _ in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour(number)}" stroke-opacity=".4"/>')
-        for a, b, label in points:
-            parts.append(_dot(across(a), up(b), number, f"{name}, {label}: {a:.4g}, {b:.4g}"))
-            parts.append(f'<text x="{across(a) + 8:.1f}" y="{up(b) - 6:.1f}">{html.escape(label)}</text>')
-    return legend(list(series)) + _svg(width, height, "".join(parts), f"{y} against {x}")
+
+    def draw(width: int, height: int) -> str:
+        across = Axis([a for a, _ in everything], _LEFT, width - _RIGHT, pad=0.1)
+        up = Axis([b for _, b in everything], height - _BOTTOM, _TOP, pad=0.1)
+        room = Room((_LEFT, 0, width, height - _BOTTOM))
+        parts = [_frame(across, up, width, height, x, y)]
+        paths = [[(across(a), up(b)) for a, b in each.points] for each in series]
+        boxes = [room.keep_path_clear(path, reach=1.0) for path in paths]
+        room.keep_clear((a - 5, b - 5, a + 5, b + 5) for path in paths for a, b in path)
+        for each, path in zip(series, paths):
+            parts.append(_path(path, each, thin=True))
+            words = each.words or [""] * len(path)
+            for at, (a, b), word in zip(path, each.points, words):
+                hint = f"{each.name}{', ' if word else ''}{word}: {a:.4g}, {b:.4g}"
+                parts.append(_dot(*at, each.colour, hint))
+                if word:
+                    parts.append(room.place(word, around(*at)))
+        parts += _names(room, series, paths, boxes)
+        return "".join(parts)
+
+    return _twice(draw, f"{y} against {x}")
 
 
-def bars(rows: Sequence[tuple[str, float, float, int]], *, unit: str, width: int = 560) -> str:
-    """Horizontal bars (label, p50, p90, colour number) from zero, with a whisker to p90."""
-    most = max((max(p50, p90) for _, p50, p90, _ in rows), default=0) or 1.0
-    room = width - 96
-    parts = []
-    for number, (label, p50, p90, shade) in enumerate(rows):
-        top = number * 46
-        length, reach = room * p50 / most, room * p90 / most
-        parts.append(
-            f'<text class="value" x="0" y="{top + 13}">{html.escape(label)}</text>'
-            f'<rect x="0" y="{top + 20}" width="{max(length, 1.5):.1f}" height="14" rx="2" fill="{colour(shade)}">'
-            f"<title>p50 {p50:.4g} {unit}, p90 {p90:.4g} {unit}</title></rect>"
-            f'<path d="M{length:.1f} {top + 27}H{reach:.1f}M{reach:.1f} {top + 23}v8" stroke="var(--ink)" fill="none"/>'
-            f'<text class="value" x="{max(length, reach) + 8:.1f}" y="{top + 32}">{p50:.3g} {unit}</text>'
-        )
-    return _svg(width, 46 * len(rows), "".join(parts), f"latency in {unit}")
+@dataclass(frozen=True)
+class Bar:
+    label: str
+    p50: float
+    p90: float
+    colour: str
 
 
-class _Axis:
-    def __init__(
-        self,
-        values: Sequence[float],
-        log: bool,
-        begin: float,
-        end: float,
-        ticks: Sequence[float] | None,
-        *,
-        tight: bool = False,
-        zero: bool = False,
-        pad: float = 0.04,
-    ) -> None:
-        self.log, self.begin, self.end = log, begin, end
-        low, high = min(values), max(values)
-        if zero and low >= 0:
-            low = 0.0
-        self.low, self.high = self._scaled(low), self._scaled(high)
-        span = self.high - self.low or 1.0
-        if not tight:
-            self.high += pad * span
-            if not (zero and low == 0):
-                self.low -= pad * span
-        elif self.high == self.low:
-            self.low, self.high = self.low - 0.5, self.high + 0.5
-        self.ticks = list(ticks) if ticks else self._ticks()
+def bars(groups: Sequence[tuple[str, Sequence[Bar]]], *, unit: str) -> str:
+    """Horizontal bars from zero under the heads of their groups, with a whisker to p90."""
+    every = [bar for _, group in groups for bar in group]
+    most = max((max(bar.p50, bar.p90) for bar in every), default=0) or 1.0
+    names = max((len(bar.label) for bar in every), default=0) * LETTER + 10
 
-    def _scaled(self, value: float) -> float:
-        return math.log10(value) if self.log else value
+    def draw(width: int, beside: bool) -> tuple[str, int]:
+        left = names if beside else 0.0
+        room = width - left - 70
+        parts, top = [], 0
+        for head, group in groups:
+            parts.append(f'<text class="head" x="0" y="{top + 15}">{html.escape(head)}</text>')
+            top += 25
+            for bar in group:
+                parts.append(f'<text class="value" x="0" y="{top + 12}">{html.escape(bar.label)}</text>')
+                top += 0 if beside else 18
+                length, reach = left + room * bar.p50 / most, left + room * bar.p90 / most
+                parts.append(
+                    f'<rect x="{left:.1f}" y="{top + 1}" width="{max(length - left, 1.5):.1f}" height="14" rx="2" '
+                    f'fill="{bar.colour}"><title>p50 {bar.p50:.4g} {unit}, p90 {bar.p90:.4g} {unit}</title></rect>'
+                    + (_whisker(length, reach, top + 8) if reach - length > 3 else "")
+                    + f'<text class="value" x="{max(length, reach) + 8:.1f}" y="{top + 12}">{bar.p50:.3g} {unit}</text>'
+                )
+                top += 22 if beside else 24
+            top += 10
+        return "".join(parts), max(top - 10, 1)
 
-    def __call__(self, value: float) -> float:
-        return self.begin + (self.end - self.begin) * (self._scaled(value) - self.low) / (self.high - self.low)
-
-    def _ticks(self) -> list[float]:
-        if self.log:
-            powers = range(math.floor(self.low), math.ceil(self.high) + 1)
-            steps = (1, 2, 5) if self.high - self.low < 2 else (1,)
-            every = [step * 10.0**power for power in powers for step in steps]
-            return [tick for tick in every if self.low <= math.log10(tick) <= self.high]
-        raw = (self.high - self.low) / 5
-        power = 10.0 ** math.floor(math.log10(raw))
-        step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw)
-        first = math.ceil(self.low / step - 1e-9)
-        return [step * n for n in range(first, first + 12) if step * n <= self.high + 1e-9 * step]
+    label = f"latency in {unit}"
+    wide, narrow = draw(WIDE[0], True), draw(NARROW[0], False)
+    return _svg("wide", WIDE[0], wide[1], wide[0], label) + _svg("narrow", NARROW[0], narrow[1], narrow[0], label)
 
 
-def _frame(across: _Axis, up: _Axis, width: int, height: int, x: str, y: str) -> str:
+def _drawable(series: Series, log_x: bool, log_y: bool) -> Series:
+    points = [
+        (a, b)
+        for a, b in series.points
+        if math.isfinite(a) and math.isfinite(b) and (a > 0 or not log_x) and (b > 0 or not log_y)
+    ]
+    return Series(series.name, points, series.colour, (), series.dashed)
+
+
+def _names(
+    room: Room, series: Sequence[Series], paths: Sequence[Sequence[Point]], boxes: Sequence[Sequence[Box]]
+) -> list[str]:
+    """The series' names, each beside its end if there is room, else along it."""
+    names = []
+    for index, (each, path) in enumerate(zip(series, paths)):
+        if each.name and path:
+            near = [path[-1], path[0], *path[:: -(-len(path) // 24)]]
+            spots = [spot for far in (11.0, 17.0, 26.0) for a, b in near for spot in around(a, b, far)]
+            others = [box for at, group in enumerate(boxes) if at != index for box in group]
+            names.append(room.place(each.name, spots, each.colour, own=boxes[index], others=others))
+    return names
+
+
+def _path(path: Sequence[Point], series: Series, thin: bool = False) -> str:
+    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in path)
+    style = 'stroke-opacity=".45"' if thin else 'stroke-width="2.2" stroke-linejoin="round" stroke-linecap="round"'
+    dashes = ' stroke-dasharray="6 5"' if series.dashed else ""
+    return f'<polyline points="{points}" fill="none" stroke="{series.colour}" {style}{dashes}/>'
+
+
+def _whisker(begin: float, end: float, height: float) -> str:
+    return f'<path d="M{begin:.1f} {height}H{end:.1f}M{end:.1f} {height - 4}v8" stroke="var(--ink)" fill="none"/>'
+
+
+def _frame(across: Axis, up: Axis, width: int, height: int, x: str, y: str) -> str:
     base = height - _BOTTOM
     parts = [
         f'<line x1="{_LEFT}" x2="{width - _RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}" stroke="var(--line)"/>'
-        f'<text x="{_LEFT - 8}" y="{up(tick) + 4:.1f}" text-anchor="end">{tick:.4g}</text>'
+        f'<text x="{_LEFT - 8}" y="{up(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>'
         for tick in up.ticks
     ]
     parts += [
-        f'<text x="{across(tick):.1f}" y="{base + 20}" text-anchor="middle">{tick:.4g}</text>' for tick in across.ticks
+        f'<text x="{across(tick):.1f}" y="{base + 20}" text-anchor="middle">{number(tick)}</text>'
+        for tick in across.ticks
     ]
     middle = (_LEFT + width - _RIGHT) / 2
     parts.append(f'<text x="{middle:.0f}" y="{height - 4}" text-anchor="middle">{html.escape(x)}</text>')
     return "".join(parts)
 
 
-def _dot(x: float, y: float, number: int, words: str) -> str:
+def _dot(x: float, y: float, colour: str, words: str) -> str:
     return (
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour(number)}" stroke="var(--card)" stroke-width="1.5">'
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}" stroke="var(--card)" stroke-width="1.5">'
         f"<title>{html.escape(words)}</title></circle>"
     )
 
 
-def _svg(width: int, height: int, content: str, label: str) -> str:
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">{content}</svg>'
+def _twice(draw: Callable[[int, int], str], label: str) -> str:
+    return _svg("wide", *WIDE, draw(*WIDE), label) + _svg("narrow", *NARROW, draw(*NARROW), label)
+
+
+def _svg(name: str, width: int, height: int, content: str, label: str) -> str:
+    return (
+        f'<svg class="{name}" viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">'
+        f"{content}</svg>"
+    )
