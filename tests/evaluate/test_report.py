@@ -4,6 +4,7 @@ import re
 import pytest
 
 from fewstep.errors import UserError
+from fewstep.evaluate import samplers
 from fewstep.evaluate.report import write_report
 
 
@@ -73,22 +74,30 @@ RESULTS = {
         }
     ],
     "samples": {"teacher/1": "AAAA", "dmd2/1": "BBBB", "held out": "CCCC"},
-    "losses": {"dmd2": {"student": [[1, 2.0], [2, 1.5]], "critic": [[1, 0.5], [2, float("nan")]]}},
+    "losses": {
+        "teacher": {"student": [[1, 1.0], [2, 0.5]]},
+        "dmd2": {"student": [[1, 2.0], [2, 1.5]], "critic": [[1, 0.5], [2, float("nan")]]},
+    },
+    "export": {"student": "consistency", "steps": 4},
     "latency": {
         "rows": [
             {
                 "model": model,
                 "evaluations": evaluations,
-                "guidance": None,
+                "guidance": guidance,
                 "runner": "eager",
                 "batch": batch,
                 "p50_ms": p50,
                 "p90_ms": 1.2 * p50,
                 "p99_ms": 1.4 * p50,
                 "images_per_second": 1000 * batch / p50,
-                "speedup_over_eager_teacher": 64.0 / p50,
+                "speedup_over_eager_teacher": 32.0 / p50,
             }
-            for model, evaluations, p50 in (("teacher", 32, 64.0), ("student", 1, 2.0))
+            for model, evaluations, guidance, p50 in (
+                ("teacher", 32, None, 32.0),
+                ("teacher", 32, 1.5, 64.0),
+                ("student", 1, None, 2.0),
+            )
             for batch in (1, 16)
         ],
         "skipped": [{"runner": "onnx", "reason": "it is not installed"}],
@@ -131,9 +140,9 @@ def test_the_page_holds_all_the_numbers(page):
         "1.051 to 1.117",
         "+0.21 to +0.43",
         "≤ 1.5",
-        "32.0×",
+        "16.0×",
         "76.8",
-        "32× faster",
+        "16× faster",
         "10,000",
     ):
         assert words in page
@@ -149,12 +158,74 @@ def test_the_headline_compares_one_evaluation_with_the_teachers_32(page):
     )
 
 
+def section(page, title):
+    """The page from a heading to the next."""
+    begin = page.index(f"<h2>{title}</h2>")
+    end = page.find("<h2>", begin + 4)
+    return page[begin : end if end > 0 else None]
+
+
 def test_curves_run_down_where_numbers_fall_and_the_floor_is_the_lowest_line(page):
-    curve = page[page.index("Quality against") : page.index("Fidelity against")]
+    curve = section(page, "Quality against evaluations")
     points = [float(pair.split(",")[1]) for pair in re.search('points="([^"]+)"', curve)[1].split()]
     assert points == sorted(points) and len(points) == 3
-    floor = float(re.search(r'y1="([\d.]+)"[^>]*stroke="var\(--soft\)"', curve)[1])
+    floor = float(re.search(r'class="floor"[^>]* y1="([\d.]+)"', curve)[1])
     assert floor > max(points)  # SVG's y grows downward
+
+
+def test_quality_and_speed_are_held_against_the_same_teacher(page):
+    tiles = re.findall('<div class="tile"><b>(.*?)</b><span class="soft">(.*?)</span>', page)
+    assert tiles[1] == ("1.08×", "the distance of the teacher at 32 evaluations (3.83)")
+    assert tiles[2] == (
+        "16× faster",
+        "consistency student at 1 evaluation than the teacher at 32 evaluations; PyTorch eager, batch 1, same run",
+    )
+    assert "Speed-up: over the teacher at 32 evaluations in PyTorch eager" in page
+
+
+def test_there_is_no_speed_against_another_teacher(tmp_path):
+    results = copy.deepcopy(RESULTS)
+    results["latency"]["rows"] = [
+        row for row in results["latency"]["rows"] if row["guidance"] or row["evaluations"] == 1
+    ]
+    assert "× faster" not in write_report(results, tmp_path / "report.html").read_text()
+
+
+def test_bars_and_rows_say_which_student_was_measured(page):
+    latency = section(page, "Latency")
+    assert latency.count(">consistency at 1 evaluation<") == 4  # two batches, drawn wide and narrow
+    assert latency.count("</i>consistency</span>") == 2 and "student at" not in latency
+
+
+def test_a_sampler_has_one_colour_on_the_whole_page(page):
+    colours = samplers.colours(RESULTS)
+    assert len(set(colours.values())) == len(colours) == 4
+    curve, latency, losses = (
+        section(page, title) for title in ("Quality against evaluations", "Latency", "Training losses")
+    )
+    for name, colour in colours.items():
+        assert f'style="fill:{colour}">{name}</text>' in curve
+    assert f'fill="{colours["consistency"]}"><title>p50 2 ms' in latency
+    assert f'stroke="{colours["DMD2"]}"' in losses and f'style="background:{colours["teacher"]}"' in losses
+    for name in colours:
+        assert f'<i style="background:{colours[name]}"></i>{name}</span>' in section(page, "All numbers")
+
+
+def test_the_loss_of_a_teacher_is_the_teachers(page):
+    losses = section(page, "Training losses")
+    teacher, dmd2 = losses[: losses.index("DMD2")], losses[losses.index("DMD2") :]
+    assert "Teacher</span></h3>" in teacher and "tudent" not in teacher
+    assert ">critic</text>" in dmd2 and ">DMD2 student</text>" in dmd2
+
+
+def test_prose_holds_no_identifiers(page):
+    shown = re.sub("<style>.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL)
+    assert not re.findall(r"\w+_\w+|\w+@\d|[a-z]\w*/\d+", shown)
+    assert "against the teacher at 64 evaluations" in shown
+
+
+def test_a_table_wider_than_the_page_says_so(page):
+    assert page.count('<div class="scroll" tabindex="0">') == page.count("Swipe sideways: ") == 4
 
 
 @pytest.mark.parametrize("missing", [*RESULTS, "all"])

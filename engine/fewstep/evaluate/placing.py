@@ -115,10 +115,15 @@ class Room:
             stray = others and _distance(box, others) < _distance(box, own)
             return round(self._covered(box) + (_STRAY if stray else 0.0), 3)
 
-        boxes = [_extent(words, spot) for spot in spots]
-        best = min(range(len(spots)), key=lambda n: (cost(boxes[n]), n))
-        self.taken.append(boxes[best])
-        x, y, anchor = spots[best]
+        best, least = spots[0], math.inf
+        for spot in spots:
+            price = cost(_extent(words, spot))
+            if price < least:
+                best, least = spot, price
+            if not least:
+                break
+        self.taken.append(_extent(words, best))
+        x, y, anchor = best
         colour = f' style="fill:{fill}"' if fill else ""
         return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{colour}>{html.escape(words)}</text>'
 
