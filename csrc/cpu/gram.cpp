@@ -26,11 +26,11 @@ int fewstep_cpu_gram(int64_t left, int64_t right, int64_t rows, int64_t batch, i
     const int64_t results = m * k + (sums ? 2 * m : 0);
     std::vector<double> parts(batch * chunks * results);
     share(batch * chunks, team(batch * count, threads), [&](int64_t first, int64_t last) {
-        std::vector<double> room((left + right + 2 * rows) * TILE + 16 * results + 8);
+        std::vector<double> room((left + right + 2 * rows) * TILE + RUNNING * results + 8);
         double *scratch = (double *)(((uintptr_t)room.data() + 63) & ~(uintptr_t)63); /* whole cache lines: a vector never straddles two */
         GramChunk chunk;
         chunk.left = left, chunk.right = right, chunk.rows = rows, chunk.combinations = combinations;
-        chunk.sums = sums != nullptr, chunk.lanes = scratch, chunk.tiles = scratch + 16 * results;
+        chunk.sums = sums != nullptr, chunk.lanes = scratch, chunk.tiles = scratch + RUNNING * results;
         for (int64_t i = first; i < last; ++i) {
             const int64_t b = i / chunks, start = i % chunks * REDUCED;
             chunk.count = std::min(REDUCED, count - start);

@@ -1,100 +1,130 @@
-/* Products and sums of REDUCED elements of one sample, in double. Every result has 16 running sums whatever the instruction set, so that it
- * does not depend on it. */
+/* Products and sums of REDUCED elements of one sample: a tile's terms add up in T (double where an input is double), tiles in double. Every
+ * result has RUNNING running sums whatever the instruction set, so that it does not depend on it. */
 #include "element.h"
 #include "reductions.h"
 
 namespace {
 
-constexpr int64_t LANES = WIDTH / 8, PARTS = 16 / LANES;
-constexpr int MOST = LANES / 2; /* products at a time: as many running sums as the registers hold */
-typedef double Vector __attribute__((vector_size(WIDTH)));
+template <class T>
+struct Lanes {
+    static constexpr int64_t COUNT = WIDTH / sizeof(T), PARTS = RUNNING / COUNT;
+    static constexpr int MOST = COUNT == 16 ? 8 : COUNT == 8 ? (WIDTH == 64 ? 4 : 2) : 1; /* products at a time that the registers hold */
+    typedef T Vector __attribute__((vector_size(WIDTH)));
+};
 
-/* lanes[n] += a b[n], element by element; count is a multiple of 16. */
-template <int N>
-void dots(const double *a, const double *const *b, int64_t count, double *lanes) {
-    Vector total[N][PARTS];
-    memcpy(total, lanes, sizeof(total));
-    for (int64_t i = 0; i < count; i += 16)
+enum { NO_SUMS, ABSOLUTE, SIGNED };
+
+/* lanes[n] += a b[n] for each b; sum += a and signed_sum += |a|, or a sign(s); count is a multiple of RUNNING. */
+template <class T, int N, int SUMMED>
+void pass(const T *a, const T *const *b, const T *s, int64_t count, double *lanes, double *sum, double *signed_sum) {
+    typedef typename Lanes<T>::Vector Vector;
+    constexpr int64_t STEP = Lanes<T>::COUNT, PARTS = Lanes<T>::PARTS;
+    const Vector zero = {};
+    Vector total[N + 2][PARTS] = {};
+    for (int64_t i = 0; i < count; i += RUNNING)
         for (int p = 0; p < PARTS; ++p) {
             Vector x, y;
-            memcpy(&x, a + i + p * LANES, WIDTH);
+            memcpy(&x, a + i + p * STEP, WIDTH);
             for (int n = 0; n < N; ++n) {
-                memcpy(&y, b[n] + i + p * LANES, WIDTH);
+                memcpy(&y, b[n] + i + p * STEP, WIDTH);
                 total[n][p] += x * y;
             }
+            if (SUMMED != NO_SUMS) total[N][p] += x;
+            if (SUMMED == ABSOLUTE) total[N + 1][p] += x < zero ? -x : x;
+            if (SUMMED == SIGNED) {
+                memcpy(&y, s + i + p * STEP, WIDTH);
+                total[N + 1][p] += y > zero ? x : y < zero ? -x : y != y ? y : zero;
+            }
         }
-    memcpy(lanes, total, sizeof(total));
+    T found[N + 2][RUNNING];
+    memcpy(found, total, sizeof(found));
+    for (int n = 0; n < N; ++n)
+        for (int j = 0; j < RUNNING; ++j) lanes[n * RUNNING + j] += (double)found[n][j];
+    for (int j = 0; SUMMED != NO_SUMS && j < RUNNING; ++j) sum[j] += (double)found[N][j], signed_sum[j] += (double)found[N + 1][j];
 }
 
-void some_dots(int64_t n, const double *a, const double *const *b, int64_t count, double *lanes) {
-    for (; n >= MOST; n -= MOST, b += MOST, lanes += 16 * MOST) dots<MOST>(a, b, count, lanes);
-    for (; n > 0; --n, ++b, lanes += 16) dots<1>(a, b, count, lanes);
+/* One row of the table: a with n others, and its sums. */
+template <class T, int SUMMED>
+void row_of(int64_t n, const T *a, const T *const *b, const T *s, int64_t count, double *lanes, double *sum, double *signed_sum) {
+    constexpr int MOST = Lanes<T>::MOST;
+    int done = 1;
+    if (MOST > 4 && n >= MOST) pass<T, MOST, SUMMED>(a, b, s, count, lanes, sum, signed_sum), done = MOST;
+    else if (MOST >= 4 && n >= 4) pass<T, 4, SUMMED>(a, b, s, count, lanes, sum, signed_sum), done = 4;
+    else if (MOST >= 2 && n >= 2) pass<T, 2, SUMMED>(a, b, s, count, lanes, sum, signed_sum), done = 2;
+    else pass<T, 1, SUMMED>(a, b, s, count, lanes, sum, signed_sum);
+    if (n > done) row_of<T, NO_SUMS>(n - done, a, b + done, s, count, lanes + done * RUNNING, sum, signed_sum);
 }
 
-/* lanes[0] += z, lanes[1] += z sign(y). */
-void sums(const double *z, const double *y, int64_t count, double *lanes, double *signed_lanes) {
-    const Vector zero = {}, one = zero + 1.0;
-    Vector total[PARTS], signed_total[PARTS];
-    memcpy(total, lanes, sizeof(total));
-    memcpy(signed_total, signed_lanes, sizeof(total));
-    for (int64_t i = 0; i < count; i += 16)
-        for (int p = 0; p < PARTS; ++p) {
-            Vector x, s;
-            memcpy(&x, z + i + p * LANES, WIDTH);
-            memcpy(&s, y + i + p * LANES, WIDTH);
-            total[p] += x;
-            signed_total[p] += x * ((s > zero ? one : zero) - (s < zero ? one : zero));
-        }
-    memcpy(lanes, total, sizeof(total));
-    memcpy(signed_lanes, signed_total, sizeof(total));
-}
-
-/* The rows of one tile: inputs converted to double, combined, and filled with zeros up to a multiple of 16. */
-void rows(const GramChunk &chunk, int64_t first, int64_t inputs, int64_t start, int64_t count, double *tiles, const double **row) {
-    const int64_t whole = (count + 15) / 16 * 16;
+/* The rows of one tile: inputs where they lie or converted, combined, and filled with zeros up to a multiple of RUNNING. */
+template <class T>
+void rows(const GramChunk &chunk, int64_t first, int64_t inputs, int64_t start, int64_t count, T *tiles, const T **row) {
+    const int64_t whole = (count + RUNNING - 1) / RUNNING * RUNNING;
+    const T *given[MOST_ROWS];
     for (int64_t k = 0; k < inputs; ++k) {
-        double *tile = tiles + k * TILE;
+        T *tile = tiles + k * TILE;
         const int dtype = chunk.dtype[first + k];
-        load((const char *)chunk.in[first + k] + start * item_size(dtype), dtype, tile, count);
-        for (int64_t i = count; i < whole; ++i) tile[i] = 0;
-        row[k] = tile;
+        const char *from = (const char *)chunk.in[first + k] + start * item_size(dtype);
+        given[k] = tile;
+        if (dtype == dtype_of<T>() && whole == count) given[k] = (const T *)from;
+        else {
+            load(from, dtype, tile, count);
+            for (int64_t i = count; i < whole; ++i) tile[i] = 0;
+        }
+        row[k] = given[k];
     }
     for (int64_t j = 0; j < chunk.rows; ++j) {
-        double *tile = tiles + (inputs + j) * TILE;
+        T *tile = tiles + (inputs + j) * TILE;
         const double *weights = chunk.combinations + j * inputs;
-        for (int64_t i = 0; i < whole; ++i) tile[i] = weights[0] * tiles[i];
-        for (int64_t k = 1; k < inputs; ++k)
-            for (int64_t i = 0; i < whole; ++i) tile[i] += weights[k] * tiles[k * TILE + i];
-        row[j] = tile;
+        int64_t terms = 0, last = 0;
+        for (int64_t k = 0; k < inputs; ++k) {
+            if (weights[k] == 0) continue;
+            const T weight = (T)weights[k], *x = given[k];
+            if (terms++)
+                for (int64_t i = 0; i < whole; ++i) tile[i] += weight * x[i];
+            else
+                for (int64_t i = 0; i < whole; ++i) tile[i] = weight * x[i];
+            last = k;
+        }
+        for (int64_t i = 0; !terms && i < whole; ++i) tile[i] = 0;
+        row[j] = terms == 1 && weights[last] == 1 ? given[last] : tile;
     }
 }
 
-void gram(const GramChunk &chunk) {
+template <class T>
+void gram_of(const GramChunk &chunk) {
     const int64_t left = chunk.rows ? chunk.rows : chunk.left;
     const int64_t right = chunk.right ? (chunk.rows ? chunk.rows : chunk.right) : left;
     const int64_t results = left * right + (chunk.sums ? 2 * left : 0);
-    for (int64_t i = 0; i < 16 * results; ++i) chunk.lanes[i] = 0;
-    const double *z[MOST_ROWS], *other[MOST_ROWS], *const *y = chunk.right ? other : z;
+    for (int64_t i = 0; i < RUNNING * results; ++i) chunk.lanes[i] = 0;
+    T *tiles = (T *)chunk.tiles;
+    const T *z[MOST_ROWS], *other[MOST_ROWS], *const *y = chunk.right ? other : z;
     for (int64_t start = 0; start < chunk.count; start += TILE) {
-        const int64_t count = chunk.count - start < TILE ? chunk.count - start : TILE, whole = (count + 15) / 16 * 16;
-        rows(chunk, 0, chunk.left, start, count, chunk.tiles, z);
-        if (chunk.right) rows(chunk, chunk.left, chunk.right, start, count, chunk.tiles + (chunk.left + chunk.rows) * TILE, other);
-        for (int64_t i = 0; i < left; ++i) {
+        const int64_t count = chunk.count - start < TILE ? chunk.count - start : TILE, whole = (count + RUNNING - 1) / RUNNING * RUNNING;
+        rows(chunk, 0, chunk.left, start, count, tiles, z);
+        if (chunk.right) rows(chunk, chunk.left, chunk.right, start, count, tiles + (chunk.left + chunk.rows) * TILE, other);
+        double *sums = chunk.lanes + RUNNING * left * right, *signed_sums = sums + RUNNING * left;
+        for (int64_t i = 0; i < left; ++i, sums += RUNNING, signed_sums += RUNNING) {
             const int64_t j = chunk.right ? 0 : i; /* of a symmetric table, half */
-            some_dots(right - j, z[i], y + j, whole, chunk.lanes + 16 * (i * right + j));
+            double *lanes = chunk.lanes + RUNNING * (i * right + j);
+            if (!chunk.sums) row_of<T, NO_SUMS>(right - j, z[i], y + j, nullptr, whole, lanes, nullptr, nullptr);
+            else if (chunk.right) row_of<T, SIGNED>(right - j, z[i], y + j, y[i], whole, lanes, sums, signed_sums);
+            else row_of<T, ABSOLUTE>(right - j, z[i], y + j, nullptr, whole, lanes, sums, signed_sums);
         }
-        double *lanes = chunk.lanes + 16 * left * right;
-        if (chunk.sums)
-            for (int64_t i = 0; i < left; ++i) sums(z[i], y[i], whole, lanes + 16 * i, lanes + 16 * (left + i));
     }
     for (int64_t r = 0; r < results; ++r) {
         double total = 0;
-        for (int j = 0; j < 16; ++j) total += chunk.lanes[16 * r + j];
+        for (int64_t j = 0; j < RUNNING; ++j) total += chunk.lanes[RUNNING * r + j];
         chunk.out[r] = total;
     }
     if (!chunk.right)
         for (int64_t i = 0; i < left; ++i)
             for (int64_t j = 0; j < i; ++j) chunk.out[i * left + j] = chunk.out[j * left + i];
+}
+
+void gram(const GramChunk &chunk) {
+    for (int64_t n = 0; n < chunk.left + chunk.right; ++n)
+        if (chunk.dtype[n] == FEWSTEP_FLOAT64) return gram_of<double>(chunk);
+    gram_of<float>(chunk);
 }
 
 } // namespace

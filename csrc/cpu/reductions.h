@@ -3,7 +3,8 @@
 #include <stdint.h>
 
 constexpr int64_t REDUCED = 4096; /* elements of one partial sum; the partial sums are added in order */
-constexpr int64_t TILE = 256;     /* elements converted at a time; a multiple of 16 */
+constexpr int64_t TILE = 512;     /* elements converted at a time; a multiple of RUNNING */
+constexpr int64_t RUNNING = 32;   /* running sums of a result, enough to hide an addition's latency */
 constexpr int64_t MOST_ROWS = 65;
 
 /* z = combinations @ left and y = combinations @ right, or left and right themselves; without right, y is z. */
@@ -15,7 +16,7 @@ struct GramChunk {
     int dtype[2 * MOST_ROWS];
     bool sums;
     double *tiles; /* (left + right + 2 rows) TILE */
-    double *lanes; /* 16 a result */
+    double *lanes; /* RUNNING a result */
     double *out;   /* z_i y_j, then with sums the sums of z_i, then of z_i sign(y_i) */
 };
 

@@ -1,8 +1,8 @@
 """Per-sample inner products: `result[b, m, k] = sum_i left[m][b, i] right[k][b, i]`.
 
 What the gradient of `lincomb`'s coefficients needs, and, with right = left, all of `gram`. Every sample by itself;
-results in float32, float64 when any tensor is float64. C++ adds in float64; Triton in float32 (float64 for float64)
-within a block of a few thousand elements, then in float64. Bytes moved at best: each tensor read once.
+results in float32, float64 when any tensor is float64. Terms add up in float32 (float64 for float64) within a block of
+some hundred (C++) or thousand (Triton) elements, then in float64. Bytes moved at best: each tensor read once.
 """
 
 from __future__ import annotations
