@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -131,10 +132,19 @@ def accepts(block: Block, words: list[str]) -> None:
         config.load(arguments.recipe, arguments.overrides)
 
 
+def anchors(page: Path) -> set[str]:
+    """What a page's headings are called in links, as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_and_every_named_file_exists(page):
     text = prose(page)
-    linked = [page.parent / link for link in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text)]
+    links = [link.partition("#") for link in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", text)]
+    linked = [page.parent / path for path, _, _ in links]
+    for path, _, anchor in links:
+        assert not anchor or anchor in anchors(page.parent / path if path else page), f"{page.name}: {path}#{anchor}"
     # `folder/file.py`, as seen from the root or, within a list of neighbours, from the folder named before it
     spans = [span for span in re.findall(r"`([^`\s]+)`", text) if re.fullmatch(r"[\w.-]+(/[\w.*-]+)+/?", span)]
     tops = {path.name for path in ROOT.iterdir()}
@@ -148,3 +158,12 @@ def test_commands_named_in_the_text_exist():
     for page in PAGES:
         named = set(re.findall(r"`fewstep ([a-z-]+)", page.read_text(encoding="utf-8")))
         assert named <= known, f"{page.name}: {named - known}"
+
+
+def test_the_numbers_of_the_kernels_page_are_those_of_the_records():
+    """`python benchmarks/kernels/page.py` mends it."""
+    script = runpy.run_path(str(ROOT / "benchmarks/kernels/page.py"))
+    page = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+    records = script["records"]()
+    assert set(re.findall(r"<!-- numbers: (\w+) -->", page)) == set(records)
+    assert script["written"](page, records) == page

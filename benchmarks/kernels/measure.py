@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import page
 import plot
 import torch
 
@@ -92,7 +93,10 @@ def described(case: dict) -> str:
 
 
 def publish(name: str, cases: list[dict], device: str = "cpu", folder: Path = RESULTS) -> None:
-    """Print a table of the cases; write them to <folder>/<name>.json with machine and versions, and their plot."""
+    """Print a table of the cases; write them to <folder>/<name>.json with machine and versions, and their plot.
+
+    What is written to benchmarks/results/ also goes into the tables of docs/kernels.md.
+    """
     for case in cases:
         print(f"\n{described(case)}")
         for row, values in case["results"].items():
@@ -112,4 +116,6 @@ def publish(name: str, cases: list[dict], device: str = "cpu", folder: Path = RE
     path = folder / f"{name}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     path.with_suffix(".svg").write_text(plot.draw(record), encoding="utf-8")
+    if folder == RESULTS and device == "cpu":
+        page.rewrite()
     print(f"\nwritten to {path} and {path.with_suffix('.svg').name}")
