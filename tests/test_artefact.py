@@ -65,6 +65,20 @@ def test_everything_comes_back_bit_for_bit(student_folder, tmp_path):
     assert again.digest == first.digest
 
 
+@pytest.mark.parametrize(
+    "provenance,method,guidance",
+    [
+        ({"recipe": {"method": {"name": "dmd2", "guidance": 3}}}, "dmd2", 3.0),
+        ({"recipe": {"method": {"name": "dmd2", "guidance": None}}}, "dmd2", 1.0),
+        ({"recipe": None, "method": "none"}, None, 1.0),
+    ],
+)
+def test_method_and_guidance_are_what_the_recipe_says(student_folder, tmp_path, provenance, method, guidance):
+    folder = save_again(artefact.load(student_folder), tmp_path / "again", provenance=provenance)
+    again = artefact.load(folder)
+    assert (again.method, again.guidance) == (method, guidance)
+
+
 def test_a_loaded_network_is_frozen_and_in_eval_mode(student_folder):
     denoiser = artefact.load(student_folder).denoiser
     assert not denoiser.training

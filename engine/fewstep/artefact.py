@@ -76,6 +76,23 @@ class Artefact:
     digest: str
     fewstep: str
 
+    @property
+    def method(self) -> str | None:
+        """The name of the method that made it, where its provenance holds a recipe."""
+        name = self._recipe_of_method.get("name")
+        return str(name) if name else None
+
+    @property
+    def guidance(self) -> float:
+        """The scale at which its teacher was guided, inside a student from then on; 1 where none is recorded."""
+        scale = self._recipe_of_method.get("guidance")
+        return float(scale) if isinstance(scale, int | float) and scale else 1.0
+
+    @property
+    def _recipe_of_method(self) -> Mapping[str, Any]:
+        method = (self.provenance.get("recipe") or {}).get("method")
+        return method if isinstance(method, Mapping) else {}
+
 
 def version() -> str:
     """The installed version of fewstep, or "source" when it runs from a source tree."""

@@ -107,14 +107,19 @@ def test_a_sheet_holds_the_images_pixel_for_pixel():
 
 
 def test_artefacts_are_evaluated_as_they_lie_on_disk(teacher_folder, student_folder):
+    said = []
     found = evaluate_artefacts(
         teacher_folder,
         {"mine": student_folder},
         samples=360,
         teacher_evaluations=(1, 32),
         bounds={("mine", 1, 32): 1e-9, ("mine", 4, 32): 1e9},
-        progress=lambda line: None,
+        progress=said.append,
     )
+    assert said[:2] == [
+        f"scoring teacher ({teacher_folder}) at 1, 32, and at 32 (guidance 1.5) evaluations, 360 images each",
+        f"scoring mine ({student_folder}) at 1, 2, 4 evaluations, 360 images each",
+    ]
     assert {scale: list(group) for scale, group in found["teacher"].items()} == {"1": ["1", "32"], "1.5": ["32"]}
     assert list(found["students"]["mine"]) == ["1", "2", "4"] and found["measured"]["reference"] == "teacher/32"
     pairs = [(row["name_a"], row["name_b"]) for row in found["comparisons"]]

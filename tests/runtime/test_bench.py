@@ -25,6 +25,19 @@ def test_every_model_runner_and_batch_has_a_row(results):
     assert results["skipped"] == []
 
 
+def test_speed_is_against_the_teacher_that_quality_is_compared_with(results, teacher_folder, student_folder):
+    """The student has no guidance inside, so its rival is the unguided teacher, timed in eager PyTorch."""
+    teachers = [(row["guidance"], row["runner"]) for row in results["rows"] if row["model"] == "teacher"]
+    assert set(teachers) == {(None, "eager"), (1.5, "eager"), (1.5, "onnx")}
+    for row in results["rows"]:
+        rival = next(
+            each
+            for each in results["rows"]
+            if (each["model"], each["guidance"], each["batch"]) == ("teacher", None, row["batch"])
+        )
+        assert row["speedup_over_eager_teacher"] == pytest.approx(rival["p50_ms"] / row["p50_ms"])
+
+
 def test_percentiles_rise_and_throughput_counts_images(results):
     for row in results["rows"]:
         assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
@@ -42,6 +55,7 @@ def test_the_table_names_every_row_and_how_it_was_measured(results):
     text = bench.table(results)
     assert len(text.splitlines()) == len(results["rows"]) + 2
     assert "2 warm-up calls" in text and "interleaved" in text
+    assert "speed-up over the teacher, unguided, eager, at the same batch." in text
 
 
 def test_percentiles_of_known_times():

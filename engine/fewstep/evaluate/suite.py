@@ -88,7 +88,7 @@ def evaluate(
     kept: KeptImages | None = None,
     progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Score every sampler against the 360 held-out digits; the layout of the result is in `fewstep.evaluate.report`.
+    """Score every sampler against the 360 held-out digits; the layout of the result is in `fewstep.evaluate.results`.
 
     samplers: by name (`Name`); family "teacher" goes under results["teacher"], every other under results["students"].
     samples: how many images of each, labels i mod 10, Philox seeds `seed * 2^32 + i`. reference: the sampler others'
@@ -213,7 +213,7 @@ def evaluate_artefacts(
         raise UserError(f"the teacher's solver cannot sample in {evaluations} evaluations; choose more.")
 
     loaded = {name: load(path) for name, path in students.items()}
-    scales = {name: _distilled_guidance(student.artefact.provenance) for name, student in loaded.items()}
+    scales = {name: student.artefact.guidance for name, student in loaded.items()}
     main = next(iter(scales.values()), 1.0)
     most = max(teacher_evaluations)
     samplers: dict[str, Sampler] = {}
@@ -233,6 +233,15 @@ def evaluate_artefacts(
             start = str(Name("teacher", scales[name], 1))
             if steps == 1 and start in samplers:
                 comparisons.append((text, start, bounds.get((name, steps, 1))))
+    for name, path in {"teacher": teacher, **students}.items():
+        kinds: dict[float, list[str]] = {}
+        for each in map(Name.parse, samplers):
+            if each.family == name:
+                kinds.setdefault(each.guidance, []).append(str(each.evaluations))
+        at = [", ".join(n) + (f" (guidance {w:g})" if w != 1 else "") for w, n in kinds.items()]
+        progress(f"scoring {name} ({os.fspath(path)}) at {', and at '.join(at)} evaluations, {samples} images each")
+    if not students:
+        progress("no student is given: only the teacher is scored")
     return evaluate(
         samplers,
         samples=samples,
@@ -329,11 +338,6 @@ def _floor(real: _Real) -> dict[str, Any]:
         "diversity": diversity(real.train_features, real.train_labels, real.features, real.labels),
         "accuracy": _share(classes == real.train_labels),
     }
-
-
-def _distilled_guidance(provenance: Mapping[str, Any]) -> float:
-    method = (provenance.get("recipe") or {}).get("method") or {}
-    return float(method.get("guidance") or 1.0)
 
 
 def _one_of_each(images: Tensor, labels: Tensor) -> Tensor:

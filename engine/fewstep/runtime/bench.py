@@ -59,6 +59,7 @@ class _Case:
     noise: Tensor
     condition: Tensor | None
     max_abs_error: float
+    method: str | None = None
     seconds: list[float] = field(default_factory=list)
 
     def run(self) -> float:
@@ -82,8 +83,12 @@ def bench_artefacts(
 ) -> dict[str, Any]:
     """Time the teacher at 32 guided evaluations and the student at `student_steps`, `seconds` for each row at least.
 
+    The reference of all speed-ups is the teacher at 32 evaluations with the guidance that the student was distilled at
+    (none, for most), in eager PyTorch: the one that the student's quality is compared with. Where that is not the
+    `guidance` of the other rows, it is timed in eager PyTorch only.
+
     Returns rows (one for each model, runner and batch: p50, p90, p99 in milliseconds, images per second, calls, largest
-    difference to eager, speed-up over the eager teacher at the same batch), what was skipped and how it was measured.
+    difference to eager, speed-up over the reference at the same batch), what was skipped and how it was measured.
     Raises UserError for an unknown runner, steps that are not offered, or a runner whose images differ from eager's.
     """
     for runner in runners:
@@ -91,28 +96,35 @@ def bench_artefacts(
             raise choose("runner", runner, RUNNERS)
     if not seconds > 0 or any(batch < 1 for batch in batches):
         raise UserError(f"seconds is {seconds} and batches are {list(batches)}; both must be above 0.")
-    models: list[tuple[str, Student, Plan]] = []
+    fast = load(student, device)
+    models = [("student", fast, fast.plan(steps)) for steps in student_steps]
+    reference: Plan | None = None
+    only_eager: list[tuple[str, Student, Plan]] = []
     if teacher is not None:
         loaded = load(teacher, device)
-        models.append(("teacher", loaded, teacher_plan(loaded, guidance)))
-    loaded = load(student, device)
-    models += [("student", loaded, loaded.plan(steps)) for steps in student_steps]
+        guided, reference = (teacher_plan(loaded, scale) for scale in (guidance, fast.artefact.guidance))
+        models.insert(0, ("teacher", loaded, guided))
+        if reference.guidance != guided.guidance:
+            only_eager.append(("teacher", loaded, reference))
+        else:
+            reference = guided
     skipped: list[dict[str, str]] = []
     cases: list[_Case] = []
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="fewstep-bench-") as folder:
         for runner in runners:
+            timed = [*only_eager, *models] if runner == "eager" else models
             try:
-                drawers = [_RUNNERS[runner](sampler, plan, Path(folder)) for _, sampler, plan in models]
+                drawers = [_RUNNERS[runner](sampler, plan, Path(folder)) for _, sampler, plan in timed]
             except _Unavailable as reason:
                 skipped.append({"runner": runner, "reason": str(reason)})
                 continue
-            for (name, sampler, plan), draw in zip(models, drawers):
+            for (name, sampler, plan), draw in zip(timed, drawers):
                 cases += [_checked(name, sampler, plan, runner, draw, batch) for batch in batches]
         prepared = time.perf_counter() - begun
         _time(cases, seconds)
     return {
-        "rows": [_row(case, cases) for case in cases],
+        "rows": [_row(case, cases, reference) for case in cases],
         "skipped": skipped,
         "runners": {name: RUNNERS[name] for name in runners},
         "warmup_calls": WARMUP_CALLS,
@@ -135,24 +147,34 @@ def teacher_plan(teacher: Student, guidance: float | None, evaluations: int = TE
 
 def table(results: dict[str, Any]) -> str:
     """The rows as text, the skipped runners and how it was measured below."""
+    names = [_name(row) for row in results["rows"]]
+    width = max(map(len, names), default=0)
     lines = [
-        f"{'model':8} {'calls':>5} {'runner':8} {'batch':>5} {'p50 ms':>9} {'p90 ms':>9} {'p99 ms':>9} "
+        f"{'model':{width}} {'calls':>5} {'runner':8} {'batch':>5} {'p50 ms':>9} {'p90 ms':>9} {'p99 ms':>9} "
         f"{'images/s':>9} {'speed-up':>8}"
     ]
-    for row in results["rows"]:
+    for name, row in zip(names, results["rows"]):
         ratio = row["speedup_over_eager_teacher"]
         lines.append(
-            f"{row['model']:8} {row['evaluations']:5} {row['runner']:8} {row['batch']:5} {row['p50_ms']:9.3f} "
+            f"{name:{width}} {row['evaluations']:5} {row['runner']:8} {row['batch']:5} {row['p50_ms']:9.3f} "
             f"{row['p90_ms']:9.3f} {row['p99_ms']:9.3f} {row['images_per_second']:9.1f} "
             + (f"{ratio:7.1f}x" if ratio is not None else f"{'-':>8}")
         )
     lines += [f"skipped {entry['runner']}: {entry['reason']}" for entry in results["skipped"]]
+    against = next((row for row in results["rows"] if row["speedup_over_eager_teacher"] == 1.0), None)
+    what = f"; speed-up over the {_name(against)}, eager, at the same batch." if against else "."
     lines.append(
         f"calls: network evaluations (a guided one counts once). {results['warmup_calls']} warm-up calls, then "
-        f"{results['rounds']} interleaved rounds, {results['threads']} threads; "
-        "speed-up over the eager teacher at the same batch."
+        f"{results['rounds']} interleaved rounds, {results['threads']} threads{what}"
     )
     return "\n".join(lines)
+
+
+def _name(row: dict[str, Any]) -> str:
+    scale = row["guidance"]
+    if row["model"] == "teacher":
+        return f"teacher, guidance {scale:g}" if scale not in (None, 1.0) else "teacher, unguided"
+    return f"{row['model']}, {row['method']}" if row["method"] else row["model"]
 
 
 def _eager(sampler: Student, plan: Plan, folder: Path) -> Draw:
@@ -230,7 +252,7 @@ def _checked(name: str, sampler: Student, plan: Plan, runner: str, draw: Draw, b
             f"{runner} at batch {batch} differs from eager PyTorch by {error:.1e} for the {name} at {plan.evaluations} "
             f"evaluations, above {TOLERANCE:.0e}; its time is not reported."
         )
-    return _Case(name, plan, runner, batch, draw, noise, condition, error)
+    return _Case(name, plan, runner, batch, draw, noise, condition, error, sampler.artefact.method)
 
 
 def _time(cases: list[_Case], seconds: float) -> None:
@@ -243,12 +265,14 @@ def _time(cases: list[_Case], seconds: float) -> None:
                 spent += taken
 
 
-def _row(case: _Case, cases: list[_Case]) -> dict[str, Any]:
+def _row(case: _Case, cases: list[_Case], reference: Plan | None) -> dict[str, Any]:
     times = sorted(case.seconds)
     middle = statistics.median(times)
-    rival = [other for other in cases if (other.model, other.runner, other.batch) == ("teacher", "eager", case.batch)]
+    eager = (other for other in cases if (other.runner, other.batch) == ("eager", case.batch))
+    rival = next((other for other in eager if other.model == "teacher" and other.plan is reference), None)
     return {
         "model": case.model,
+        "method": case.method,
         "evaluations": case.plan.evaluations,
         "guidance": case.plan.guidance,
         "solver": case.plan.solver,
@@ -260,7 +284,7 @@ def _row(case: _Case, cases: list[_Case]) -> dict[str, Any]:
         "p99_ms": 1e3 * _percentile(times, 0.99),
         "images_per_second": case.batch * len(times) / sum(times),
         "max_abs_error": case.max_abs_error,
-        "speedup_over_eager_teacher": statistics.median(rival[0].seconds) / middle if rival else None,
+        "speedup_over_eager_teacher": statistics.median(rival.seconds) / middle if rival else None,
     }
 
 
