@@ -117,11 +117,13 @@ def test_after_the_first_run_it_allocates_only_its_result_and_never_asks_the_dev
     class Fixed(torch.nn.Module):
         """Answers from memory it owns, so that every allocation seen is the executor's."""
 
+        answers: dict[int, torch.Tensor] = {}
+
         def forward(self, x, t, cond=None):
-            if not hasattr(self, "answer"):
-                self.answer = torch.ones_like(x)
+            if len(x) not in self.answers:
+                self.answers[len(x)] = torch.ones_like(x)
             inputs.append(x.data_ptr())
-            return self.answer
+            return self.answers[len(x)]
 
         def null(self, cond):
             return cond

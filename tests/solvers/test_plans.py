@@ -150,7 +150,7 @@ EDM, FLOW = schedules.get("edm"), schedules.get("flow")
         ),
         (lambda: solvers.plan("plms", EDM, 4, order=2), "solver 'plms' takes no option 'order'; it has none"),
         (lambda: solvers.plan("deis", EDM, 4, coordinate="tau"), "coordinate of solver 'deis', 'tau' is not known"),
-        (lambda: solvers.plan("ddpm", EDM, 4, variance="learned"), "variance of solver 'ddpm', 'learned' is not known"),
+        (lambda: solvers.plan("ddpm", EDM, 4, variance="large"), "variance of solver 'ddpm', 'large' is not known"),
         (lambda: solvers.plan("ddpm", EDM, 4, variance="analytic"), "takes noise_moments with variance='analytic'"),
         (
             lambda: solvers.plan("ddpm", EDM, 4, variance="analytic", noise_moments=[0.5, 2.0, 0.5, 0.5]),

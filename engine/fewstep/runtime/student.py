@@ -103,7 +103,7 @@ class Student:
         """The recorded solver and options (the nearest plan's) at another number of steps or guidance scale."""
         recorded = self.artefact.plans
         pattern = recorded[min(recorded, key=lambda number: (abs(number - steps), number))] if recorded else None
-        scale = pattern.guidance if guidance is None and pattern is not None else guidance
+        scale = pattern.guidance_at(guidance) if pattern is not None else guidance
         options = dict(pattern.options) if pattern is not None else {}
         if isinstance(options.get("grid"), list) and options.get("steps") != steps:
             offered = ", ".join(map(str, self.steps_offered))

@@ -11,8 +11,10 @@ from fewstep.solvers import (
     grids,
     heun,
     jumps,
+    plus_plus,
     pndm,
     sa,
+    splitting,
     unipc,
 )
 from fewstep.solvers.executor import Execution, execute, sample
@@ -38,11 +40,13 @@ __all__ = [
     "jumps",
     "names",
     "plan",
+    "plus_plus",
     "pndm",
     "register",
     "row",
     "sa",
     "sample",
+    "splitting",
     "step",
     "unipc",
 ]

@@ -14,21 +14,24 @@ from torch import Tensor
 
 from fewstep.diffusion import real
 from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError
 from fewstep.solvers import multistep, rows
 from fewstep.solvers.ddim import ddim
 from fewstep.solvers.grids import is_clean
-from fewstep.solvers.plans import Row
+from fewstep.solvers.plans import Part, Row
+from fewstep.solvers.reading import SHAPED
 from fewstep.solvers.registry import register
 
-VARIANCES = ("fixed_small", "fixed_large", "analytic")
+VARIANCES = ("fixed_small", "fixed_large", "analytic", "learned_range", "learned", "second_moment", "residual")
+EXTENDED = ("second_moment", "residual")
 
 
 @register("euler_a", "weak order 1, one evaluation a step; k-diffusion's Euler ancestral, which is ddim with eta=1")
-def euler_a(schedule: Schedule, times: Sequence[float], *, eta: float = 1.0) -> list[Row]:
+def euler_a(schedule: Schedule, times: Sequence[float], *, prediction: Prediction, eta: float = 1.0) -> list[Row]:
     """The deterministic step down to sigma_down and fresh noise up to sigma': in every coefficient DDIM(eta)."""
-    return ddim(schedule, times, eta=eta)
+    return ddim(schedule, times, prediction=prediction, eta=eta)
 
 
 @register("ddpm", "weak order 1, one evaluation a step; 2006.11239, analytic variance 2201.06503")
@@ -45,13 +48,22 @@ def ddpm(
 
     `variance`: "fixed_small" (of the posterior given x0), "fixed_large" (of the forward step), or "analytic", the
     optimal one, from `noise_moments`: E||eps_hat||^2 per number at each evaluation time (see `noise_moments()`).
-    `eta` below 1 is DDIM's mean, for "analytic" and "fixed_small". The last step draws no noise; `final_noise` draws it
-    where sigma' > 0, as the chain between two levels needs, and "fixed_large" on any end, as diffusers does.
+
+    Number by number: "learned_range", between the logarithms of the first two by the network's second answer (2 C
+    channels; 2102.09672, eq. 15), "learned", that answer itself; and the optimal one of 2206.07309 from a further
+    network in the role "moment": "second_moment" of E[eps^2], "residual" of E[(eps - eps_hat)^2] (SN- and NPR-DPM).
+
+    `eta` below 1 is DDIM's mean, for "analytic", "fixed_small" and those of 2206.07309. The last step draws no noise;
+    `final_noise` draws it where sigma' > 0, as the chain between two levels needs, and "fixed_large" on any end, as
+    diffusers does.
     """
     multistep.chosen("ddpm", "variance", variance, VARIANCES)
     multistep.falling("ddpm", times, "it only goes down, use ddim, euler or heun for inversion.")
-    if not 0.0 <= eta <= 1.0 or (variance == "fixed_large" and eta != 1.0):
-        raise UserError(f"solver 'ddpm' with variance={variance!r} got eta={eta!r}; give 0 to 1 (fixed_large: only 1).")
+    only_one = variance in ("fixed_large", "learned_range", "learned")
+    if not 0.0 <= eta <= 1.0 or (only_one and eta != 1.0):
+        raise UserError(
+            f"solver 'ddpm' with variance={variance!r} got eta={eta!r}; give {1 if only_one else '0 to 1'}."
+        )
     steps = len(times) - 1
     if (variance == "analytic") != (noise_moments is not None):
         raise UserError("solver 'ddpm' takes noise_moments with variance='analytic' and only then; give both or none.")
@@ -62,16 +74,41 @@ def ddpm(
     table = []
     for step, (t, s) in enumerate(itertools.pairwise(times)):
         of_x, of_denoised, of_noise = rows.noisy_jump(schedule, t, s, eta)
+        # the bracket of 2201.06503, eq. 8: alpha' sigma/alpha less what the mean keeps of eps
+        spread = of_denoised * real.divide(schedule.sigma(t), schedule.alpha(t))
         if variance == "fixed_large":
             of_noise = rows.renoise(schedule, s, t)[1]
         elif noise_moments is not None:
-            # the bracket of 2201.06503, eq. 8: alpha' sigma/alpha less what the mean keeps of eps
-            spread = of_denoised * real.divide(schedule.sigma(t), schedule.alpha(t))
             of_noise = math.sqrt(of_noise**2 + spread**2 * (1.0 - noise_moments[step]))
         if step == steps - 1 and not (final_noise and (variance == "fixed_large" or not is_clean(schedule, s))):
             of_noise = 0.0
-        table.append(Row(t, s, {"x": {"x": of_x, "D": of_denoised, "noise": of_noise}}, step))
+        elif variance in ("learned_range", "learned"):
+            options = (("small", of_noise), ("large", rows.renoise(schedule, s, t)[1]))
+            part = Part(variance, ("noise", "variance"), (SHAPED,), options if variance == "learned_range" else ())
+            update = {"x": of_x, "D": of_denoised, SHAPED: 1.0}
+            table.append(Row(t, s, {"x": update}, step, answers=("variance",), parts=(part,)))
+            continue
+        elif variance in EXTENDED:
+            table.append(_extended(t, s, variance, of_x, of_denoised, of_noise, spread, step))
+            continue
+        answers = ("variance",) if variance in ("learned_range", "learned") else ()
+        update = {"x": of_x, "D": of_denoised, "noise": of_noise}
+        table.append(Row(t, s, {"x": update}, step, answers=answers))
     return table
+
+
+def _extended(
+    t: float, s: float, variance: str, of_x: float, of_denoised: float, of_noise: float, spread: float, step: int
+) -> Row:
+    """Noise of variance lambda^2 + spread^2 (moment - eps_hat^2), number by number (2206.07309, eq. 9 and 14)."""
+    options = (("base", of_noise * of_noise), ("gain", spread * spread))
+    asked = {"moment": ("moment",)}
+    update = {"x": of_x, "D": of_denoised, SHAPED: 1.0}
+    if variance == "residual":
+        part = Part("residual", ("noise", "moment"), (SHAPED,), options)
+        return Row(t, s, {"x": update}, step, others=asked, parts=(part,))
+    part = Part("second_moment", ("noise", "E", "moment"), (SHAPED,), options)
+    return Row(t, s, {"x": update}, step, others=asked, parts=(part,))
 
 
 def noise_moments(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError
 from fewstep.solvers import rows
@@ -15,8 +16,19 @@ from fewstep.solvers.registry import register
 
 
 @register("ddim", "order 1 (weak order 1 for eta > 0); 2010.02502")
-def ddim(schedule: Schedule, times: Sequence[float], *, eta: float = 0.0, stride: float | None = None) -> list[Row]:
+def ddim(
+    schedule: Schedule,
+    times: Sequence[float],
+    *,
+    prediction: Prediction,
+    eta: float = 0.0,
+    stride: float | None = None,
+    unbounded_noise: bool = False,
+) -> list[Row]:
     """One evaluation a step; eta from 0 (the ODE) to 1 (ancestral sampling). No noise is drawn where sigma' = 0.
+
+    `unbounded_noise` matters where clean estimates are bounded (`clip`, `threshold`): the noise estimate is then the
+    network's own, and not the one that follows from the bounded estimate (diffusers' use_clipped_model_output=False).
 
     `stride` reproduces diffusers' target, t - 1000 // N rather than the next time of the grid: where the two differ, as
     on "linspace", the state is at another level than the network is told.
@@ -34,5 +46,10 @@ def ddim(schedule: Schedule, times: Sequence[float], *, eta: float = 0.0, stride
             of_noise = 0.0
         else:
             of_x, of_denoised, of_noise = rows.noisy_jump(schedule, t, s, eta)
-        table.append(Row(t, s, {"x": {"x": of_x, "D": of_denoised, "noise": of_noise}}, step))
+        update = {"x": of_x, "D": of_denoised, "noise": of_noise}
+        if unbounded_noise:  # x' = alpha' D + d E, with d = k_x sigma
+            read_x, read_output = (float(value) for value in prediction.noise_coefficients(schedule, t))
+            kept = of_x * schedule.sigma(t)
+            update = {"x": kept * read_x, "D": schedule.alpha(s), "F": kept * read_output, "noise": of_noise}
+        table.append(Row(t, s, {"x": update}, step))
     return table

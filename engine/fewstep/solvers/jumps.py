@@ -42,14 +42,20 @@ def lcm(schedule: Schedule, times: Sequence[float], *, timestep_scaling: float |
     return table
 
 
-def _jumps(schedule: Schedule, times: Sequence[float], landing: Callable[[float], float]) -> list[Row]:
-    """Down to landing(t') by the deterministic jump, then up to t' by fresh noise; the last jump goes to the end."""
+def _jumps(
+    schedule: Schedule, times: Sequence[float], landing: Callable[[float], float], told: bool = False
+) -> list[Row]:
+    """Down to landing(t') by the deterministic jump, then up to t' by fresh noise; the last jump goes to the end.
+
+    `told`: the network is told where it lands.
+    """
     table = []
     for step, (t, s) in enumerate(itertools.pairwise(times)):
         low = s if step == len(times) - 2 else landing(s)
         of_x, of_denoised = rows.jump(schedule, t, low)
         keep, noise = rows.renoise(schedule, low, s)
-        table.append(Row(t, s, {"x": {"x": keep * of_x, "D": keep * of_denoised, "noise": noise}}, step))
+        update = {"x": keep * of_x, "D": keep * of_denoised, "noise": noise}
+        table.append(Row(t, s, {"x": update}, step, landing=low if told else None))
     return table
 
 
@@ -72,10 +78,11 @@ def tcd(schedule: Schedule, times: Sequence[float], *, eta: float = 0.3) -> list
 
 
 @register("ctm", "exact in law for the exact flow map; 2310.02279's gamma-sampling", zero="replace")
-def ctm(schedule: Schedule, times: Sequence[float], *, gamma: float = 0.3) -> list[Row]:
+def ctm(schedule: Schedule, times: Sequence[float], *, gamma: float = 0.3, two_times: bool = False) -> list[Row]:
     """Jumps to sqrt(1 - gamma^2) sigma'/alpha' and renoises: gamma = 0 is deterministic, 1 consistency multistep.
 
-    A student that is told its landing (two times) sees it in its own call; the table holds the jump of its answer.
+    `two_times`: the student g(x, t, s) is told where it lands, as s=; the table holds the jump of its answer, so that
+    what moves x is G(x, t, s).
     """
     multistep.falling("ctm", times, _DOWN)
     if not 0.0 <= gamma <= 1.0:
@@ -89,4 +96,4 @@ def ctm(schedule: Schedule, times: Sequence[float], *, gamma: float = 0.3) -> li
             return s
         return float(schedule.time_of_ratio(ratio)) if ratio > 0.0 else schedule.t_clean
 
-    return _jumps(schedule, times, landing)
+    return _jumps(schedule, times, landing, two_times)

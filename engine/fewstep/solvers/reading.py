@@ -25,6 +25,7 @@ from fewstep.solvers.plans import Call, Part, Row, column
 
 ESTIMATES = ("D", "E", "F", "U", "N", "G")
 GUIDED, DENOISED, MOMENTUM, SHAPED = "guided", "denoised", "momentum", "shaped noise"
+_NAMED = {"D": DENOISED, "E": "noise estimate"}  # registers of estimates that parts read
 Terms = dict[str, float]
 
 
@@ -75,11 +76,26 @@ def of(
         used = {name for name, value in read.estimates["G"]().items() if value != 0.0}
         if not used & {*read.conditions} and not read.parts:
             read = dataclasses.replace(read, conditions=())
+    if wanted == {"N"} and not row.parts:  # what guidance adds is not read here, so nobody is asked for it
+        read = dataclasses.replace(_read(None, at, row.step, running), estimates=read.estimates)
     if limit is not None and wanted & {"D", "E"}:
         read = _limited(read, at, limit)
+    row_parts = [made for part in row.parts for made in _given_estimates(part, read)]
     if row.answers:
         read = dataclasses.replace(read, answers=_answers(form, read.conditions, row.answers))
-    return dataclasses.replace(read, parts=(*read.parts, *row.parts))
+    return dataclasses.replace(read, parts=(*read.parts, *row_parts))
+
+
+def _given_estimates(part: Part, read: Reading) -> list[Part]:
+    """The part, and before it the maps that make registers of the estimates it reads."""
+    found, inputs = [], []
+    for name in part.inputs:
+        inputs.append(_NAMED.get(name, name))
+        if name in _NAMED:
+            terms = read.terms(name)
+            matrix = (tuple(terms.values()),)
+            found.append(Part("map", tuple(terms), (_NAMED[name],), matrix=matrix))
+    return [*found, dataclasses.replace(part, inputs=tuple(inputs))]
 
 
 @dataclasses.dataclass(frozen=True)
