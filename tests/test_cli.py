@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import shutil
 import subprocess
 import sys
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
+from fewstep import commands
 from fewstep.cli import main
 from fewstep.demo import loss_curves, side_by_side
 from fewstep.errors import UserError
+from fewstep_kernels import backends
 
 RECIPE = "recipes/digits_teacher.yaml"
 
@@ -122,6 +126,72 @@ def test_samples_of_all_classes_land_in_one_picture(capsys, student_folder, tmp_
     assert main(["sample", str(student_folder), "--steps", "1", "--count", "10", "--out", str(out)]) == 0
     with Image.open(out) as picture:
         assert picture.width >= 8 and picture.height >= 8
+
+
+def test_a_large_count_is_drawn_in_batches_and_refused_only_where_it_cannot_be_kept(capsys, student_folder, tmp_path):
+    """The batch changes no picture, and the sheet of 300 is that of one call."""
+    command = ["sample", str(student_folder), "--steps", "1", "--count", "300", "--out"]
+    assert main([*command, str(tmp_path / "a.png"), "--batch", "7"]) == 0
+    assert main([*command, str(tmp_path / "b.png"), "--batch", "300"]) == 0
+    with Image.open(tmp_path / "a.png") as one, Image.open(tmp_path / "b.png") as other:
+        assert one.size == other.size == (18 * 72 - 8, 17 * 72 - 8)
+        assert ImageChops.difference(one, other).getextrema()[1] <= 1  # 1e-5 may cross a rounding
+    enormous = ["sample", student_folder, "--steps", 1, "--count", 10**8]
+    assert "folder" in refused(capsys, *enormous, "--out", tmp_path / "c.png")
+    assert "GiB free" in refused(capsys, *enormous, "--count", 10**12, "--out", tmp_path / "folder")
+    assert "2^63" in refused(capsys, *enormous, "--seed", 2**63 - 5, "--out", tmp_path / "folder")
+
+
+def test_one_picture_each_is_named_by_its_seed(student_folder, tmp_path):
+    out = tmp_path / "pictures"
+    assert main(["sample", str(student_folder), "--steps", "1", "--count", "3", "--seed", "5", "--out", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["5.png", "6.png", "7.png"]
+    with Image.open(out / "6.png") as picture:
+        assert picture.size == (8, 8)
+
+
+def test_other_kinds_of_file_are_refused(capsys, student_folder, tmp_path):
+    assert "PNG" in refused(capsys, "sample", student_folder, "--out", tmp_path / "x.jpg")
+
+
+def test_a_searched_grid_is_used_by_name_of_its_file(capsys, teacher_folder, tmp_path):
+    grid = tmp_path / "grid.json"
+    search = ["search-grid", teacher_folder, "--steps", 2, 3, "--points", 6, "--samples", 2, "--out", grid]
+    assert main([str(word) for word in search]) == 0
+    assert f"--grid {grid}" in capsys.readouterr().out
+    sample = ["sample", teacher_folder, "--count", 2, "--steps", 3, "--out", tmp_path / "x.png"]
+    assert main([str(word) for word in [*sample, "--grid", grid]]) == 0
+    assert "not of 5" in refused(capsys, *sample, "--steps", 5, "--grid", grid)
+    assert "nowhere.json" in refused(capsys, *sample, "--grid", tmp_path / "nowhere.json")
+    assert "did you mean 'karras'" in refused(capsys, *sample, "--grid", "karas")
+    assert "did you mean 'heun'" in refused(capsys, *sample, "--solver", "huen")
+
+
+@pytest.mark.parametrize("command", [["methods"], ["doctor", "--no-self-test"], ["sample", "no/such"]])
+def test_an_unknown_backend_is_one_sentence(command, capsys, monkeypatch):
+    monkeypatch.setattr(backends, "override", functools.cache(backends.override.__wrapped__))  # not the session's
+    monkeypatch.setenv("FEWSTEP_KERNELS", "bogus")
+    said = refused(capsys, *command)
+    assert all(word in said for word in ("FEWSTEP_KERNELS", "'bogus'", "reference", "triton"))
+
+
+def test_what_the_system_refuses_is_one_sentence(capsys, monkeypatch):
+    for error, words in (
+        (OSError(errno.ENOSPC, "No space left on device", "runs/log"), ["runs/log", "no space left"]),
+        (MemoryError(), ["not enough memory"]),
+        (RuntimeError("can't allocate memory: you tried to allocate 8589934592000 bytes."), ["8,000.0 GiB"]),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB."), ["20.00 GiB"]),
+    ):  # fmt: skip
+
+        def fail(arguments, error=error):
+            raise error
+
+        monkeypatch.setattr(commands, "methods", fail)
+        said = refused(capsys, "methods")
+        assert all(word in said for word in words), said
+    monkeypatch.setattr(commands, "methods", lambda arguments: [][1])
+    with pytest.raises(IndexError):  # what is no user's mistake keeps its traceback
+        main(["methods"])
 
 
 def test_a_failed_job_of_the_demo_says_its_own_sentence():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, choose
 
 
 def run_recipe(arguments: argparse.Namespace) -> None:
@@ -30,18 +30,24 @@ def run_recipe(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    from fewstep.demo import STUDENTS
+    from fewstep.evaluate.results import check_writable, write_results
     from fewstep.evaluate.suite import evaluate_artefacts
 
+    students = _named_paths(arguments.student)
+    if arguments.teacher is None and not students:  # like the other commands: what `fewstep demo` made
+        students = {name: f"runs/demo/{name}" for name in STUDENTS}
+    out = check_writable(arguments.out)
     results = evaluate_artefacts(
-        teacher=arguments.teacher,
-        students=_named_paths(arguments.student),
+        teacher=arguments.teacher or "runs/demo/teacher",
+        students=students,
         samples=arguments.samples,
         seed=arguments.seed,
         guidance=arguments.guidance,
         images=arguments.images,
     )
-    _write_json(arguments.out, results)
-    print(f"wrote {arguments.out}")
+    write_results(out, results)
+    print(f"wrote {out}")
 
 
 def _named_paths(items: Sequence[str]) -> dict[str, str]:
@@ -49,27 +55,67 @@ def _named_paths(items: Sequence[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for item in items:
         name, equals, path = item.partition("=")
-        named[name if equals else Path(item).name] = path if equals else item
+        name, path = (name, path) if equals else (Path(item).name, item)
+        if not name or name == "teacher" or name in named:
+            what = f"the name {name!r} twice" if name in named else f"{name!r} for a name"
+            raise UserError(f"--student {item!r} gives {what}; write NAME=FOLDER with a name of its own for each.")
+        named[name] = path
     return named
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    import torch
+    from tqdm import tqdm
 
     import fewstep
-    from fewstep.runtime.images import save_grid
+    from fewstep.runtime import images
+    from fewstep.runtime.student import LARGEST_SEED
 
-    student = fewstep.load(arguments.artefact)
-    count = arguments.count
-    condition = None
-    if arguments.label is not None:
-        condition = torch.full((count,), arguments.label, dtype=torch.int64)
-    elif student.classes is not None:
-        condition = torch.arange(count) % student.classes
-    seeds = torch.arange(arguments.seed, arguments.seed + count)
-    images = student.sample(count, cond=condition, steps=arguments.steps, seeds=seeds, guidance=arguments.guidance)
-    save_grid(images, arguments.out)
-    print(f"wrote {arguments.out}")
+    count, out = arguments.count, Path(arguments.out)
+    if arguments.seed + count - 1 > LARGEST_SEED:
+        raise UserError(f"seeds from {arguments.seed} for {count} images go beyond 2^63 - 1; give a smaller --seed.")
+    one_picture = out.suffix.lower() == ".png" and not out.is_dir()
+    if not one_picture and (out.suffix or out.is_file()):
+        raise UserError(f"--out {str(out)!r} is neither a .png file nor a folder; pictures are written as PNG.")
+    student = fewstep.load(arguments.artefact, arguments.device)
+    options = {
+        "steps": arguments.steps,
+        "guidance": arguments.guidance,
+        "grid": _grid(arguments.grid),
+        "solver": arguments.solver,
+    }
+    student.plan(**options)
+    sheet = images.Sheet(count, student.image_shape) if one_picture else None
+    folder = None if one_picture else images.Folder(out, count)
+    if one_picture:
+        images.check_place(out)
+    size = arguments.batch or max(1, min(256, 2**22 // math.prod(student.image_shape)))
+    with tqdm(total=count, desc="sample", unit="image", dynamic_ncols=True, disable=None) as bar:
+        for first in range(0, count, size):
+            numbers = range(first, min(first + size, count))
+            seeds = [arguments.seed + number for number in numbers]
+            condition = arguments.label
+            if condition is None and student.classes is not None:
+                condition = [number % student.classes for number in numbers]
+            drawn = student.sample(len(seeds), cond=condition, seeds=seeds, **options)
+            if sheet is not None:
+                sheet.add(drawn)
+            if folder is not None:
+                folder.add(drawn, seeds)
+            bar.update(len(seeds))
+    if sheet is not None:
+        images.save(sheet.picture, out)
+    print(f"wrote {out}" if one_picture else f"wrote {count} pictures to {out}, each named by its seed")
+
+
+def _grid(given: str | None) -> str | dict[str, str] | None:
+    """A grid by name, or the file that a search wrote."""
+    from fewstep.solvers import grids
+
+    if given is None or given in grids.names():
+        return given
+    if Path(given).exists() or Path(given).suffix or len(Path(given).parts) > 1:
+        return {"name": "searched", "path": given}
+    raise choose("grid", given, [*grids.names(), "a file that `fewstep search-grid` wrote"])
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -92,13 +138,15 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
+    from fewstep.evaluate.results import check_writable, write_results
     from fewstep.runtime.bench import bench_artefacts, table
 
+    out = check_writable(arguments.out) if arguments.out else None
     results = bench_artefacts(teacher=arguments.teacher, student=arguments.student, seconds=arguments.seconds)
     print(table(results))
-    if arguments.out:
-        _write_json(arguments.out, results)
-        print(f"wrote {arguments.out}")
+    if out:
+        write_results(out, results)
+        print(f"wrote {out}")
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -127,18 +175,19 @@ def search_grid(arguments: argparse.Namespace) -> None:
         device=arguments.device,
     )
     print(table(grid))
-    print(f"{arguments.out}: use it as grid={{'name': 'searched', 'path': {arguments.out!r}}}")
+    print(f"use it: fewstep sample {arguments.teacher} --steps {max(grid.grids)} --grid {arguments.out}")
+    print(f"in Python: grid={{'name': 'searched', 'path': {arguments.out!r}}}")
 
 
 def report(arguments: argparse.Namespace) -> None:
     from fewstep.evaluate.report import write_report
+    from fewstep.evaluate.results import read_results
 
     path = Path(arguments.results)
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not a readable results file ({error}).") from None
+    results = read_results(path)
     out = Path(arguments.out) if arguments.out else path.with_name("report.html")
+    if out.resolve() == path.resolve():
+        raise UserError(f"--out {str(out)!r} is the results file itself; give another for the page.")
     write_report(results, out)
     print(f"wrote {out}")
 
@@ -167,7 +216,9 @@ def solvers(arguments: argparse.Namespace) -> None:
         print(f"{name:14} {line}")
     from fewstep.solvers import grids
 
-    print(f"time grids: {', '.join(grids.names())}")
+    print("\ntime grids")
+    for name, line in grids.describe().items():
+        print(f"{name:18} {line}")
 
 
 def doctor(arguments: argparse.Namespace) -> None:
@@ -189,12 +240,3 @@ def _shown_path(path: str | None) -> str:
         return str(resolved.relative_to(Path.cwd()))
     except ValueError:
         return str(resolved)
-
-
-def _write_json(path: str, content: object) -> None:
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}.") from None

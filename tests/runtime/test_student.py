@@ -142,3 +142,31 @@ def test_guidance_without_a_class_is_refused(teacher):
 def test_an_unknown_device_is_one_sentence(student_folder):
     with pytest.raises(UserError, match="device 'abacus' is not available"):
         load(student_folder, "abacus")
+
+
+def test_a_teacher_samples_on_other_times_by_other_solvers_and_in_other_forms(teacher):
+    own = teacher.plan(8)
+    laid = teacher.plan(8, grid="log_snr")
+    assert laid.solver == own.solver and laid.times != own.times
+    other = teacher.plan(8, solver="dpmpp_2m")
+    assert other.solver == "dpmpp_2m" and other.times == own.times
+    assert teacher.plan(8, 2.0).guidance == 2.0
+    limited = teacher.sample(2, 3, 8, 0, guidance={"name": "cfg", "scale": 2.0, "stop": 4})
+    always = teacher.sample(2, 3, 8, 0, guidance={"name": "cfg", "scale": 2.0})
+    assert (always - teacher.sample(2, 3, 8, 0, guidance=2.0)).abs().max() == 0
+    assert (always - limited).abs().max() > 1e-4
+    with pytest.raises(UserError, match="needs 9 times"):
+        teacher.plan(8, grid=[80.0, 1.0, 0.0])
+
+
+def test_a_student_keeps_its_solver_steps_and_guidance_but_may_be_asked_at_other_times(student):
+    laid = student.plan(4, grid="uniform")
+    assert laid.solver == student.plan(4).solver and laid.times != student.plan(4).times
+    for options, words in (
+        ({"solver": "ddim"}, "has its own"),
+        ({"steps": 3, "grid": "uniform"}, "distilled for: 1, 2, 4"),
+        ({"guidance": 2.0, "grid": "uniform"}, "guidance inside"),
+        ({"guidance": {"name": "cfg", "scale": 2.0}}, "guidance inside"),
+    ):
+        with pytest.raises(UserError, match=words):
+            student.plan(**{"steps": 4, **options})

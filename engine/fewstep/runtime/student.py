@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from fewstep.artefact import Artefact
 from fewstep.errors import UserError
 from fewstep.runtime.sampler import Sampler
 from fewstep.solvers import Plan
+from fewstep.solvers.grids import Grid
 
 LARGEST_SEED = 2**63 - 1
 MOST_STEPS = 1000
@@ -41,7 +42,7 @@ class Student:
 
     def __init__(self, artefact: Artefact) -> None:
         self.artefact = artefact
-        self._plans: dict[tuple[int, float | None], Plan] = {}
+        self._plans: dict[str, Plan] = {}
 
     @property
     def denoiser(self) -> Any:
@@ -69,10 +70,18 @@ class Student:
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
-    def plan(self, steps: int | None = None, guidance: float | None = None) -> Plan:
+    def plan(
+        self,
+        steps: int | None = None,
+        guidance: float | Mapping[str, Any] | None = None,
+        grid: Grid | None = None,
+        solver: str | None = None,
+    ) -> Plan:
         """The plan for `steps` (default: the most that are recorded); built on demand for a teacher.
 
-        A guidance of None means what the recorded plan has; 1.0 means conditional only.
+        guidance: None means what the recorded plan has, 1.0 conditional only; a teacher also takes a form such as
+        {"name": "interval", "scale": 2.0}. grid: other times to ask at, as `solvers.plan` takes them. solver: another
+        one than a teacher's own.
         """
         recorded = self.artefact.plans
         if steps is None:
@@ -81,38 +90,48 @@ class Student:
             steps = max(recorded)
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
             raise UserError(f"steps is {steps!r}, it must be a whole number from 1 to {MOST_STEPS}.")
-        if guidance is not None and not (isinstance(guidance, int | float) and abs(guidance) <= 100.0):
+        form = isinstance(guidance, Mapping)
+        if guidance is not None and not form and not (isinstance(guidance, int | float) and abs(guidance) <= 100.0):
             raise UserError(f"guidance is {guidance!r}, it must be a number from -100 to 100.")
-        if steps in recorded:
-            own = recorded[steps].guidance
-            if guidance is None or guidance == (1.0 if own is None else own):
-                return recorded[steps]
+        own = recorded[steps].guidance if steps in recorded else None
+        kept = steps in recorded and (guidance is None or guidance == (1.0 if own is None else own))
+        if kept and grid is None and solver is None:
+            return recorded[steps]
         if self.kind != "teacher":
             offered = ", ".join(str(number) for number in self.steps_offered)
             if steps not in recorded:
                 raise UserError(f"steps is {steps}, this student was distilled for: {offered}.")
-            raise UserError(f"guidance is {guidance}, but this student has its guidance inside; leave guidance out.")
+            if not kept:
+                raise UserError(
+                    f"guidance is {guidance}, but this student has its guidance inside; leave guidance out."
+                )
+            if solver is not None and solver != recorded[steps].solver:
+                raise UserError(f"solver is {solver!r}, but this student has its own; leave solver out.")
         if guidance is not None and guidance != 1.0 and self.classes is None:
             raise UserError(f"guidance is {guidance}, but this teacher knows no classes; leave guidance out.")
-        key = (steps, guidance)
+        key = repr((steps, guidance, grid, solver))
         if key not in self._plans:
-            self._plans[key] = self._build(steps, guidance)
+            self._plans[key] = self._build(steps, guidance, grid, solver)
         return self._plans[key]
 
-    def _build(self, steps: int, guidance: float | None) -> Plan:
-        """The recorded solver and options (the nearest plan's) at another number of steps or guidance scale."""
+    def _build(self, steps: int, guidance: Any, grid: Grid | None, solver: str | None) -> Plan:
+        """The recorded solver and options (the nearest plan's) with what was asked for in their place."""
         recorded = self.artefact.plans
         pattern = recorded[min(recorded, key=lambda number: (abs(number - steps), number))] if recorded else None
-        scale = pattern.guidance_at(guidance) if pattern is not None else guidance
+        scale = guidance if pattern is None or isinstance(guidance, Mapping) else pattern.guidance_at(guidance)
         options = dict(pattern.options) if pattern is not None else {}
-        if isinstance(options.get("grid"), list) and options.get("steps") != steps:
+        if solver is not None and pattern is not None and solver != pattern.solver:
+            options = {"grid": options.get("grid")}
+        if grid is not None:
+            options["grid"] = grid
+        elif isinstance(options.get("grid"), list) and options.get("steps") != steps:
             offered = ", ".join(map(str, self.steps_offered))
             raise UserError(
                 f"steps is {steps}, but this teacher records its own times, for these steps only: {offered}."
             )
         options.pop("steps", None)
         return solvers.plan(
-            pattern.solver if pattern is not None else TEACHER_SOLVER,
+            solver or (pattern.solver if pattern is not None else TEACHER_SOLVER),
             self.denoiser.schedule,
             steps,
             prediction=self.denoiser.prediction,
@@ -133,15 +152,18 @@ class Student:
         cond: int | Sequence[int] | Tensor | None = None,
         steps: int | None = None,
         seeds: int | Sequence[int] | Tensor | None = None,
-        guidance: float | None = None,
+        guidance: float | Mapping[str, Any] | None = None,
+        grid: Grid | None = None,
+        solver: str | None = None,
     ) -> Tensor:
         """Draw images [B, C, H, W], about [-1, 1], on the artefact's device.
 
         n_or_noise: how many, or standard normal noise [B, C, H, W] or [B, 1 + S, C, H, W]; may be left out with seeds.
         cond: a class, one for each image, or None for no condition.
         seeds: int64 [B]; one int means seed, seed + 1, ...; None draws them from torch's generator.
+        steps, guidance, grid, solver: see `plan`.
         """
-        plan = self.plan(steps, guidance)
+        plan = self.plan(steps, guidance, grid, solver)
         batch, noise = self._start(n_or_noise, seeds, plan)
         chosen = self._seeds(seeds, batch)
         condition = self._condition(cond, batch)
