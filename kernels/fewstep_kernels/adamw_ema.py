@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,7 +27,7 @@ from .ema import Scalar
 
 MOST_AVERAGES = 4
 FIRST_DECAY = 7  # among the scalars: learning rate, betas, epsilon, gradient scale, guard, update, then the decays
-_EMPTY = 16
+EMPTY = 16
 
 
 def reference(
@@ -85,21 +86,32 @@ def reference(
             write(profile[i], moved)
 
 
-def _call_c(rows, device_of, profiles, scalars, seed) -> None:
-    values: list[int] = []
-    dtypes = native.DTYPES
+GRADIENT, ROW = 5, 15  # places in a tensor's row of the table: of its gradient's address, of its first average
+
+
+def table_of(rows: Iterable[tuple]) -> array:
+    """What the C functions read: rows of (parameter, gradient, exp_avg, exp_avg_sq, step, weight decay, copy, origin,
+    averages), tensors or None."""
+    values = array("q")
     for parameter, gradient, exp_avg, exp_avg_sq, step, weight_decay, copy, origin, averages in rows:
-        values += (parameter.numel(), origin, struct.unpack("q", struct.pack("d", weight_decay))[0])
+        values.extend((parameter.numel(), origin, struct.unpack("q", struct.pack("d", weight_decay))[0]))
         for tensor in (parameter, gradient, exp_avg, exp_avg_sq, step, copy, *averages):
             # an empty tensor has address 0, which would say that there is none; nothing is read there
-            values += (0, 0) if tensor is None else (tensor.data_ptr() or _EMPTY, dtypes[tensor.dtype])
-    corrections = torch.empty(2 * len(rows), dtype=torch.float64, device=device_of.device)
+            values.extend((0, 0) if tensor is None else (tensor.data_ptr() or EMPTY, native.DTYPES[tensor.dtype]))
+    return values
+
+
+def run_table(
+    table: array, count: int, profiles: int, device_of: Tensor, scalars: Sequence[Scalar], seed: int | None
+) -> None:
+    """One call for `count` rows of a table, on the tensor's device."""
+    corrections = torch.empty(2 * count, dtype=torch.float64, device=device_of.device)
     native.call(
         "adamw_ema_step",
         device_of,
-        len(rows),
+        count,
         profiles,
-        native.table(values),
+        table.buffer_info()[0],
         native.scalars(scalars),
         None if seed is None else ctypes.byref(ctypes.c_int64(seed)),
         corrections.data_ptr(),
@@ -146,7 +158,7 @@ def _step(
             rest.append(i)
     numbers = ema.given_scalars(scalars, on_device)
     if rows:
-        _call_c(rows, parameters[0], len(profiles), numbers, seed)
+        run_table(table_of(rows), len(rows), len(profiles), parameters[0], numbers, seed)
     if rest:
         _by_reference(parameters, states, profiles, copies, weight_decays, numbers, seed, origins, rest)
 
@@ -218,6 +230,27 @@ def _check(parameters, gradients, exp_avgs, exp_avg_sqs, steps, weight_decays, a
     ema.check_averages(averages, parameters)
 
 
+def check_scalars(
+    device: torch.device,
+    lr: Scalar,
+    betas: tuple[float, float],
+    gradient_scale: Scalar,
+    guard: Tensor | None,
+    decays: Sequence[Scalar],
+) -> None:
+    """Raise ValueError for a number outside its range or a tensor of the wrong kind."""
+    infinity = float("inf")
+    ema.check_scalar("lr", lr, device, 0.0, infinity)
+    ema.check_scalar("gradient_scale", gradient_scale, device, -infinity, infinity)
+    for decay in decays:
+        ema.check_scalar("decay", decay, device, 0.0, 1.0)
+    for beta in betas:
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"betas must be in [0, 1); got {betas}.")
+    if guard is not None:
+        ema.check_scalar("guard", guard, device, 0.0, 0.0)
+
+
 @torch.no_grad()
 def adamw_ema_step(
     parameters: Sequence[Tensor],
@@ -256,16 +289,7 @@ def adamw_ema_step(
     copies = [None] * count if working is None else list(working)
     starts = ema.element_origins(parameters) if origins is None else list(origins)
     _check(parameters, gradients, exp_avgs, exp_avg_sqs, steps, weight_decays, averages, decays, copies, starts)
-    infinity = float("inf")
-    ema.check_scalar("lr", lr, device, 0.0, infinity)
-    ema.check_scalar("gradient_scale", gradient_scale, device, -infinity, infinity)
-    for decay in decays:
-        ema.check_scalar("decay", decay, device, 0.0, 1.0)
-    for beta in betas:
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"betas must be in [0, 1); got {betas}.")
-    if guard is not None:
-        ema.check_scalar("guard", guard, device, 0.0, 0.0)
+    check_scalars(device, lr, betas, gradient_scale, guard, decays)
     moving = [i for i, gradient in enumerate(gradients) if gradient is not None]
     lists = (gradients, exp_avgs, exp_avg_sqs, steps)
     scalars = (lr, *betas, epsilon, gradient_scale, 0.0 if guard is None else guard, update, *decays)

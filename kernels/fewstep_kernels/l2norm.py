@@ -21,7 +21,7 @@ _SHARE = 8192  # FEWSTEP_L2NORM_SHARE
 
 
 def _wide(tensors: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return torch.float64 if torch.float64 in {x.dtype for x in tensors} else torch.float32
 
 
 def reference(tensors: Sequence[Tensor]) -> Tensor:
@@ -31,7 +31,7 @@ def reference(tensors: Sequence[Tensor]) -> Tensor:
 
 def _norm(tensors: list[Tensor]) -> Tensor:
     first = tensors[0]
-    ready = all(x.dtype in native.DTYPES and is_dense(x.shape, x.stride()) for x in tensors)
+    ready = all(x.dtype in native.DTYPES and (x.is_contiguous() or is_dense(x.shape, x.stride())) for x in tensors)
     if backends.choose("multi_tensor_l2norm", first.device.type)[0] == "reference" or not ready:
         return reference(tensors)
     values: list[int] = []
@@ -75,7 +75,7 @@ def multi_tensor_l2norm(tensors: Sequence[Tensor]) -> Tensor:
         )
     if registration.tracing() or registration.differentiating(tensors):
         return reference(tensors)
-    return _raw(tensors)
+    return _norm(tensors) if registration.quiet() else _raw(tensors)
 
 
 def clip_coefficient(norm: Tensor, max_norm: float | Tensor) -> Tensor:
