@@ -1,4 +1,4 @@
-"""benchmarks/solvers.py runs from end to end: values agree with diffusers' before any time is taken, and errors fall."""
+"""benchmarks/solvers.py runs from end to end: values agree with diffusers' before a time is taken, and errors fall."""
 
 from __future__ import annotations
 
