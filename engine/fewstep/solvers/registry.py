@@ -17,6 +17,7 @@ from fewstep.errors import UserError, choose
 from fewstep.solvers import grids
 from fewstep.solvers.compiling import compiled
 from fewstep.solvers.plans import Part, Plan, Row
+from fewstep.solvers.told import retold
 
 Family = Callable[..., "list[Row] | tuple[list[Row], float]"]
 Registered = TypeVar("Registered", bound=Family)
@@ -82,6 +83,7 @@ def plan(
     initial_scale: float | None = None,
     threshold: Mapping[str, float] | None = None,
     clip: float | None = None,
+    told: str = "exact",
     **options: Any,
 ) -> Plan:
     """Compiles solver `name` to a `Plan`.
@@ -93,7 +95,8 @@ def plan(
 
     Clean-sample estimates are bounded by `clip` (clamped to [-clip, clip]) or `threshold` ({"quantile": 0.995, "least":
     1.0, "most": ..}: clamped to that quantile of their magnitudes, kept within least and most, and divided by it;
-    2205.11487, section 2.3). Raises UserError for anything it does not know.
+    2205.11487, section 2.3). `told` is what the network is told of the time: "exact", or "rounded", "truncated" or
+    "target" as published samplers do (see fewstep.solvers.told). Raises UserError for anything it does not know.
     """
     if name not in _SOLVERS:
         raise choose("solver", name, _SOLVERS)
@@ -118,11 +121,13 @@ def plan(
     rows, own_scale = made if isinstance(made, tuple) else (made, float(schedule.sigma(times[0])))
     used = {"grid": _shown(grid, times), **options}
     used.update({key: value for key, value in (("threshold", threshold), ("clip", clip)) if value is not None})
+    if told != "exact":
+        used["told"] = told
     if initial_scale is not None:
         used["initial_scale"] = float(initial_scale)
     else:
         initial_scale = 1.0 if grids.is_rising(times) else own_scale
-    return compiled(
+    made_plan = compiled(
         name,
         schedule,
         kind,
@@ -133,6 +138,7 @@ def plan(
         limit=_limit(threshold, clip),
         guided_by=guidance,
     )
+    return retold(made_plan, told)
 
 
 def grid_times(name: str, schedule: Schedule, steps: int, grid: grids.Grid | None = None) -> tuple[float, ...]:

@@ -1,0 +1,46 @@
+"""What a plan tells its network of the time: the exact one, or what a published sampler makes of it.
+
+diffusers' DPM-Solver, UniPC, DEIS and SA-Solver classes hand Karras times over rounded to whole indices, and
+exponential, beta and flow times cut off to them; its DDIM inversion names the level a step goes to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from fewstep.errors import UserError, choose
+from fewstep.solvers.plans import Plan
+
+TOLD = ("exact", "rounded", "truncated", "target")
+
+
+def retold(plan: Plan, told: str) -> Plan:
+    """The plan with its network times "exact", "rounded" or "truncated" to whole indices (on flow, to thousandths), or
+    those of each stage's "target".
+
+    Raises UserError for another word, and where the schedule's times are not indices.
+    """
+    if told not in TOLD:
+        raise choose("told", told, TOLD)
+    if told == "exact":
+        return plan
+    units = getattr(plan.schedule, "train_steps", 1000 if plan.schedule.name == "flow" else None)
+    if told != "target" and (units is None or plan.prediction.kind == "edm"):
+        raise UserError(
+            f"told={told!r} is for networks that count indices (schedules sd, sdxl and flow, predictions other than "
+            f"edm), not schedule {plan.schedule.name!r} with prediction {plan.prediction.kind!r}; leave it out."
+        )
+    scale = 1000.0 if plan.schedule.name == "flow" else 1.0
+
+    def time(at: float, target: float, exact: float) -> float:
+        if told == "target":
+            return float(plan.prediction.network_time(plan.schedule, target))
+        # a sum of roundings below an index is that index
+        return (round(exact * scale) if told == "rounded" else math.floor(exact * scale + 1e-6)) / scale
+
+    stages = (
+        dataclasses.replace(stage, network_time=time(stage.time, stage.target, stage.network_time))
+        for stage in plan.stages
+    )
+    return dataclasses.replace(plan, stages=tuple(stages))
