@@ -135,13 +135,13 @@ def _parser() -> Parser:
         "quality of a digits teacher and its students against held-out digits",
         "fewstep evaluate --teacher runs/demo/teacher --student dmd2=runs/demo/dmd2 --out runs/dmd2.json",
     )
-    evaluate.add_argument("--teacher", default="runs/demo/teacher", metavar="FOLDER", help="the teacher's artefact")
+    evaluate.add_argument("--teacher", metavar="FOLDER", help="the teacher's artefact (default: runs/demo/teacher)")
     evaluate.add_argument(
         "--student",
         action="append",
         default=[],
         metavar="NAME=FOLDER",
-        help="a student's artefact; may be given several times",
+        help="a student's artefact; may be given several times (default: the demo's, where --teacher is left out too)",
     )
     evaluate.add_argument("--samples", type=whole(1), default=10_000, help="images drawn of each")
     evaluate.add_argument("--seed", type=seed, default=0, help="of the noise all of them start from")
