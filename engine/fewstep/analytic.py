@@ -225,10 +225,7 @@ class AnalyticNetwork(nn.Module):
 
     def time(self, told: Tensor) -> Tensor:
         """Schedule time from the network's own."""
-        if self.prediction.kind == "edm":
-            time = self.schedule.time_of_half_log_snr(-4.0 * told)
-        else:
-            time = self.schedule.time_of_network_time(told)
+        time = self.prediction.time_of_network_time(self.schedule, told)
         assert isinstance(time, Tensor)
         return time
 

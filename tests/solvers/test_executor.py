@@ -17,7 +17,7 @@ from fewstep.errors import UserError
 from fewstep_kernels import lincomb, normal
 
 SOLVERS = [("ddim", {}), ("ddim", {"eta": 0.7}), ("heun", {}), ("dpmpp_2m", {}), ("consistency", {})]
-SOLVERS += [(name, {}) for name in solvers.names() if name not in {listed for listed, _ in SOLVERS}]
+SOLVERS += [(name, {}) for name in solvers.names(alone=True) if name not in {listed for listed, _ in SOLVERS}]
 EDM = schedules.get("edm")
 MIXTURE = Mixture([0.4, 0.6], [[-0.5, 0.3], [0.4, -0.2]], [0.5, 0.35])
 

@@ -37,7 +37,7 @@ NUMBERS = ("time", "target", "network_time", "input_scale", "guidance", "matrix"
 def graphs() -> dict[str, list[str]]:
     """Solvers by the graph they become: plans whose stages differ in numbers alone differ in its constants alone."""
     same: dict[str, list[str]] = {}
-    for solver in solvers.names():
+    for solver in solvers.names(alone=True):
         plan = solvers.plan(solver, schedules.get("edm"), 2, prediction="edm")
         fields = [field.name for field in dataclasses.fields(solvers.Stage) if field.name not in NUMBERS]
         shape = repr([[getattr(stage, name) for name in fields] for stage in plan.stages])

@@ -118,6 +118,11 @@ CASES = [
     ("sa", 3, "graded", {"predictor": 3, "corrector": 3, "strength": 0.0}),
     ("sa", 4, "graded", {"predictor": 3, "corrector": 4, "strength": 0.0}),
     ("sa", 2, COLD, {"strength": 0.0, "lower_order_final": True}),
+    ("trigflow", 1, COLD, {}),
+    ("trigflow", 2, COLD, {"order": 2}),
+    ("rho_rk", 2, COLD, {"order": 2, "place": 2 / 3}),
+    ("rho_rk", 3, COLD, {"order": 3}),
+    ("rho_rk", 4, COLD, {}),
     ("tcd", 1, COLD, {"eta": 0.0}),
     ("ctm", 1, COLD, {"gamma": 0.0}),
 ]

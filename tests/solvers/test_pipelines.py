@@ -140,7 +140,7 @@ def test_a_pipeline_saves_and_loads_its_plan(tmp_path):
     assert again.scheduler.plan.options == {"grid": "align_your_steps", "slope": "exact"}
 
 
-@pytest.mark.parametrize("solver", solvers.names())
+@pytest.mark.parametrize("solver", solvers.names(alone=True))
 def test_every_solver_paints_the_same_picture_for_a_seed_whatever_ran_before(solver):
     made = pipeline(PlanScheduler(**BETAS, solver=solver))
     first = pictures(made, num_inference_steps=4)

@@ -34,7 +34,7 @@ def run(scheduler, teacher, x, monkeypatch) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("solver", solvers.names())
+@pytest.mark.parametrize("solver", solvers.names(alone=True))
 def test_a_pipelines_loop_gives_the_plans_picture(solver, monkeypatch):
     plan = solvers.plan(solver, SD, 5, prediction="v", grid="leading")
     scheduler = ours.PlanScheduler(prediction_type="v_prediction", solver=solver, grid="leading")

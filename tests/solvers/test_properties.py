@@ -18,7 +18,7 @@ from fewstep.diffusion.prediction import KINDS
 from fewstep.solvers import Plan
 
 MIXTURE = Mixture([0.3, 0.7], [[-1.0, 0.5], [0.8, -0.2]], [0.35, 0.25])
-EVERY = [(name, {}) for name in solvers.names()]
+EVERY = [(name, {}) for name in solvers.names(alone=True)]
 EVERY += [
     ("ddim", {"eta": 0.6}),
     ("dpm2", {"eta": 1.0}),
@@ -32,8 +32,13 @@ EVERY += [
     ("heun", {"coordinate": "flow"}),
     ("heun", {"churn": 3.0, "churn_low": 0.05}),
     ("restart", {"intervals": [[3, 2, 0.3, 2.0]]}),
+    ("rho_rk", {"order": 2, "place": 0.5}),
+    ("rho_rk", {"order": 3}),
     ("sa", {"predictor": 2, "corrector": 3, "strength": 0.5}),
+    ("trigflow", {"order": 2}),
     ("unipc", {"order": 3, "variant": "bh1"}),
+    ("ddim", {"eta": 0.3, "analytic_first_step": True}),
+    ("dpmpp_2m", {"analytic_first_step": True}),
 ]
 
 
@@ -167,6 +172,7 @@ FIRST_ORDER = [
     ("sa", {"predictor": 1, "corrector": 0, "strength": 0.4}),
     ("consistency", {}),
     ("lcm", {}),
+    ("scm", {}),
     ("tcd", {}),
     ("ctm", {}),
 ]
@@ -213,6 +219,7 @@ LAWS = [
     ("sa", 60, {}),
     ("consistency", 4, {}),
     ("lcm", 4, {}),
+    ("scm", 4, {}),
     ("ctm", 4, {"gamma": 1.0}),
     ("tcd", 4, {"eta": 1.0}),
 ]
@@ -222,7 +229,7 @@ def drawn(solver: str, steps: int, options: dict[str, Any]) -> tuple[torch.Tenso
     """Samples [SAMPLES, 2] of the plan on Gaussian data, started in the right law, and alpha and std of the truth."""
     schedule, data = schedules.get("vp"), Gaussian(MEAN, STD)
     first, last = (float(schedule.time_of_half_log_snr(value)) for value in (-2.6, 2.5))
-    jumps = solver in ("consistency", "lcm", "ctm", "tcd")  # with the exact consistency function
+    jumps = solver in ("consistency", "lcm", "scm", "ctm", "tcd")  # with the exact consistency function
     grid = {"name": "log_snr", "start": first, "end": last, "zero": "none"}
     if jumps:
         grid = {"name": "uniform", "start": first}
@@ -253,7 +260,7 @@ def test_drawn_samples_have_the_gaussians_mean_and_covariance(solver, steps, opt
 def test_every_solver_that_draws_noise_is_among_them():
     drawing = {
         name
-        for name in solvers.names()
+        for name in solvers.names(alone=True)
         if solvers.plan(name, schedules.get("vp"), 5, prediction="x0").stochastic_stages
     }
     assert drawing <= {name for name, _, _ in LAWS}

@@ -24,7 +24,7 @@ DETERMINISTIC = [
     ("dpmpp_2m", {"variant": "exact"}),
 ]
 # a solver registered later is held to the same statements, with its default options
-OTHERS = [(name, {}) for name in solvers.names() if name not in {listed for listed, _ in DETERMINISTIC}]
+OTHERS = [(name, {}) for name in solvers.names(alone=True) if name not in {listed for listed, _ in DETERMINISTIC}]
 DETERMINISTIC += [
     (name, options)
     for name, options in OTHERS

@@ -102,6 +102,12 @@ class Prediction:
             )
         return told
 
+    def time_of_network_time(self, schedule: Schedule, told: Real) -> Number:
+        """Schedule time from what the network is told."""
+        if self.kind == "edm":
+            return schedule.time_of_half_log_snr(-4.0 * told)
+        return schedule.time_of_network_time(told)
+
     def _denoised(self, schedule: Schedule, t: Real, alpha: Real, sigma: Real) -> tuple[Number, Number]:
         if self.kind == "x0":
             return real.constant(t, 0.0), real.constant(t, 1.0)

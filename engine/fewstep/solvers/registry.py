@@ -29,6 +29,7 @@ class Solver:
     summary: str
     zero: str | None
     grids: Mapping[str, grids.Grid]
+    roles: tuple[str, ...]
 
 
 _SOLVERS: dict[str, Solver] = {}
@@ -36,17 +37,21 @@ _PLUS_PLUS: dict[str, Family] = {}
 
 
 def register(
-    name: str, summary: str, zero: str | None = None, default_grids: Mapping[str, grids.Grid] | None = None
+    name: str,
+    summary: str,
+    zero: str | None = None,
+    default_grids: Mapping[str, grids.Grid] | None = None,
+    roles: Sequence[str] = (),
 ) -> Callable[[Registered], Registered]:
     """Makes `family(schedule, times, **options) -> rows` the solver called `name`.
 
     `zero` is how its default grids meet the clean end (see grids); `default_grids` maps schedule names to the grid that
     None means there. A keyword called `prediction` receives the prediction type. A family that starts at another scale
-    than sigma at the first time returns (rows, scale).
+    than sigma at the first time returns (rows, scale). `roles`: further networks its default options ask.
     """
 
     def add(family: Registered) -> Registered:
-        _SOLVERS[name] = Solver(family, summary, zero, default_grids or {})
+        _SOLVERS[name] = Solver(family, summary, zero, default_grids or {}, tuple(roles))
         return family
 
     return add
@@ -62,9 +67,9 @@ def register_plus_plus(name: str) -> Callable[[Registered], Registered]:
     return add
 
 
-def names() -> list[str]:
-    """The solvers `plan` knows."""
-    return sorted(_SOLVERS)
+def names(alone: bool = False) -> list[str]:
+    """The solvers `plan` knows; `alone`: those that by default ask no network beside the plan's."""
+    return sorted(name for name, solver in _SOLVERS.items() if not (alone and solver.roles))
 
 
 def describe() -> dict[str, str]:
@@ -84,6 +89,7 @@ def plan(
     threshold: Mapping[str, float] | None = None,
     clip: float | None = None,
     told: str = "exact",
+    analytic_first_step: bool = False,
     **options: Any,
 ) -> Plan:
     """Compiles solver `name` to a `Plan`.
@@ -96,7 +102,9 @@ def plan(
     Clean-sample estimates are bounded by `clip` (clamped to [-clip, clip]) or `threshold` ({"quantile": 0.995, "least":
     1.0, "most": ..}: clamped to that quantile of their magnitudes, kept within least and most, and divided by it;
     2205.11487, section 2.3). `told` is what the network is told of the time: "exact", or "rounded", "truncated" or
-    "target" as published samplers do (see fewstep.solvers.told). Raises UserError for anything it does not know.
+    "target" as published samplers do (see fewstep.solvers.told). `analytic_first_step` takes x/sqrt(alpha^2 +
+    sigma^2), which is almost all noise, for the first evaluation's noise estimate and asks no network there
+    (2210.05475, appendix; AFS). Raises UserError for anything it does not know.
     """
     if name not in _SOLVERS:
         raise choose("solver", name, _SOLVERS)
@@ -121,6 +129,10 @@ def plan(
     rows, own_scale = made if isinstance(made, tuple) else (made, float(schedule.sigma(times[0])))
     used = {"grid": _shown(grid, times), **options}
     used.update({key: value for key, value in (("threshold", threshold), ("clip", clip)) if value is not None})
+    if analytic_first_step:
+        first = next(i for i, row in enumerate(rows) if _asks(row))
+        rows = [*(_unasked(schedule, row) for row in rows[: first + 1]), *rows[first + 1 :]]
+        used["analytic_first_step"] = True
     if told != "exact":
         used["told"] = told
     if initial_scale is not None:
@@ -164,6 +176,28 @@ def _family(name: str, guidance: Any) -> Family:
     if name not in _PLUS_PLUS:
         raise choose("solver with rows for guidance 'cfg++',", name, _PLUS_PLUS)
     return _PLUS_PLUS[name]
+
+
+def _asks(row: Row) -> bool:
+    """Whether the row reads the network, and not only what guidance adds to it."""
+    return any(name in "DEFUN" for terms in row.outputs.values() for name in terms)
+
+
+def _unasked(schedule: Schedule, row: Row) -> Row:
+    """The row with eps_hat = x/sqrt(alpha^2 + sigma^2) in the place of its networks' answers."""
+    alpha, sigma = float(schedule.alpha(row.time)), float(schedule.sigma(row.time))
+    norm = math.hypot(alpha, sigma)
+    noise, clean = 1.0 / norm, alpha / (norm * (norm + sigma))  # the second is (1 - sigma/norm)/alpha
+    values = {"D": clean, "U": clean, "E": noise, "N": noise, "G": 0.0}
+    asked = {*row.answers, *(name for columns in row.others.values() for name in columns)}
+    outputs = {}
+    for name, terms in row.outputs.items():
+        if "F" in terms or row.parts:
+            raise UserError("the first step of this sampler reads the network's raw output and cannot be analytic.")
+        kept = {key: value for key, value in terms.items() if key not in values and key not in asked}
+        taken = math.fsum(value * values[key] for key, value in terms.items() if key in values)
+        outputs[name] = {**kept, "x": kept.get("x", 0.0) + taken}
+    return dataclasses.replace(row, outputs=outputs, answers=(), others={}, landing=None)
 
 
 def _limit(threshold: Mapping[str, float] | None, clip: float | None) -> Part | None:
