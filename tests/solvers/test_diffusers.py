@@ -1,15 +1,12 @@
 """Every sampler of diffusers 0.42.1, quirks included, is one of our plans: same final state on a random network.
 
-The network is nonlinear, with weights of its own for every evaluation and every condition, guided with w = 4. Both
-sides see the same noise, drawn per evaluation. Schedulers are handed their tables in float64; those that round inside
-to float32 set the tolerances. Levels are taken from the scheduler, so that those tests are about solvers; the grids are
-compared at the end.
+Levels are taken from the scheduler, so that these tests are about solvers; test_diffusers_grids.py compares the grids,
+test_diffusers_matrix.py every grid, prediction type and number of steps.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,87 +16,9 @@ import torch
 from fewstep import solvers
 from fewstep.diffusion import schedules
 from fewstep.diffusion.prediction import Prediction
+from tests.solvers.diffusers_runs import GUIDANCE, NAMES, SD, START, apart, diffusers, ours, planned, theirs, times_of
 
-diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install diffusers==0.42.1")
-
-SIZE, GUIDANCE = 16, 4.0
 STEPS = (1, 2, 3, 10, 50)
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction", "flow": "flow_prediction"}
-
-
-class Net(torch.nn.Module):
-    """tanh(A_k x + b_k,cond) for the k-th evaluation."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        draw = torch.Generator().manual_seed(seed)
-        self.mix = torch.randn(100, SIZE, SIZE, generator=draw, dtype=torch.float64) / SIZE**0.5
-        self.shift = torch.randn(100, 3, SIZE, generator=draw, dtype=torch.float64)
-        self.calls, self.times = 0, []
-
-    def forward(self, x, t, cond):
-        k = self.calls
-        self.calls += 1
-        self.times.append(float(t.reshape(-1)[0]))
-        return torch.tanh(x.double() @ self.mix[k].T + self.shift[k][cond])
-
-    def null(self, cond):
-        return torch.full_like(cond, 2)
-
-    def guided(self, x, t, cond):
-        """What a pipeline does around its scheduler."""
-        both = self(torch.cat([x, x]), torch.as_tensor(t), torch.cat([cond, self.null(cond)]))
-        first, second = both.chunk(2)
-        return second + GUIDANCE * (first - second)
-
-
-START = torch.randn(3, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-DRAWN = torch.randn(3, 100, SIZE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-COND = torch.tensor([0, 1, 0])
-
-
-def theirs(scheduler, start, monkeypatch, convert: Callable = lambda out, x: out, evaluations=None, **keywords):
-    """The final state of diffusers' loop, and the times it told its network."""
-    net, x, now = Net(), start, []
-    module = importlib.import_module(type(scheduler).__module__)
-
-    def draw(shape, *arguments, **options):
-        return DRAWN[:, len(now) - 1].to(options.get("dtype") or torch.float64)
-
-    if hasattr(module, "randn_tensor"):
-        monkeypatch.setattr(module, "randn_tensor", draw)
-    monkeypatch.setattr(torch, "randn_like", lambda x, **options: DRAWN[:, len(now) - 1].to(x.dtype))
-    for t in scheduler.timesteps[:evaluations]:
-        now.append(t)
-        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        x = scheduler.step(convert(net.guided(scaled, t, COND), x), t, x, **keywords).prev_sample
-    monkeypatch.undo()
-    return x.double(), net.times
-
-
-def ours(plan: solvers.Plan):
-    """The final state of our plan from START (which the plan is made not to scale), with noise by evaluation."""
-    net = Net()
-    drawn = [DRAWN[:, i] for i, stage in enumerate(plan.stages) if stage.noise]
-    x = solvers.sample(net, plan, torch.stack([START, *drawn], 1), COND)
-    return x, net.times
-
-
-def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
-    assert torch.isfinite(found).all() and torch.isfinite(expected).all()
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-def times_of(schedule: schedules.Schedule, sigmas) -> list[float]:
-    """Schedule times of a scheduler's sigmas (sigma/alpha; flow's own sigma on the flow schedule), each once."""
-    values = list(dict.fromkeys(float(sigma) for sigma in sigmas))
-    if schedule.name == "flow":
-        return values
-    return [
-        min(float(schedule.time_of_ratio(value)), schedule.last_time) if value > 0 else schedule.t_clean
-        for value in values
-    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,156 +277,6 @@ def test_the_final_state_is_diffusers(case, monkeypatch):
             assert all(abs(a - b) < 1.0 + 1e-3 for a, b in zip(told, ours_told))
 
 
-def tabled(name: str, **made):
-    """A scheduler that reads its table of alphas, with that table in float64."""
-    scheduler = getattr(diffusers, name)(**{**SD, **made})
-    schedule = schedules.get("sd")
-    alphas = torch.tensor([schedule.alpha(float(t)) ** 2 for t in range(1000)], dtype=torch.float64)
-    scheduler.alphas_cumprod = alphas
-    scheduler.one = torch.tensor(1.0, dtype=torch.float64)
-    scheduler.final_alpha_cumprod = alphas[0] if not made.get("set_alpha_to_one", True) else scheduler.one
-    return scheduler
-
-
-def compare(plan, scheduler, monkeypatch, tolerance=1e-9, **keywords) -> None:
-    expected, told = theirs(scheduler, START, monkeypatch, **keywords)
-    found, ours_told = ours(plan)
-    assert apart(found, expected) < tolerance, apart(found, expected)
-    assert ours_told == told
-
-
-def planned(solver: str, steps: int, grid, kind: str, **options) -> solvers.Plan:
-    schedule = schedules.get("sd")
-    return solvers.plan(
-        solver, schedule, steps, grid=grid, prediction=kind, guidance=GUIDANCE, initial_scale=1.0, **options
-    )
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
-@pytest.mark.parametrize("to_one", [False, True])
-def test_ddim(kind, eta, to_one, monkeypatch):
-    for steps in (1, 2, 10, 50):
-        for spacing in ("leading", "trailing"):
-            scheduler = tabled(
-                "DDIMScheduler",
-                prediction_type=NAMES[kind],
-                clip_sample=False,
-                set_alpha_to_one=to_one,
-                timestep_spacing=spacing,
-                steps_offset=1,
-            )
-            scheduler.set_timesteps(steps)
-            grid = {"name": spacing, **({} if to_one else {"end": 0.0})}
-            compare(planned("ddim", steps, grid, kind, eta=eta), scheduler, monkeypatch, eta=eta)
-
-
-@pytest.mark.parametrize(("spacing", "steps"), [("linspace", 10), ("trailing", 12), ("leading", 7)])
-def test_ddims_target_is_a_stride_away_and_not_the_next_time(spacing, steps, monkeypatch):
-    scheduler = tabled("DDIMScheduler", clip_sample=False, timestep_spacing=spacing)
-    scheduler.set_timesteps(steps)
-    grid = [*(float(t) for t in scheduler.timesteps), -1.0]
-    compare(planned("ddim", steps, grid, "eps", stride=1000 // steps), scheduler, monkeypatch)
-    if spacing != "leading":
-        plain, _ = ours(planned("ddim", steps, grid, "eps"))
-        assert apart(plain, theirs(scheduler, START, monkeypatch)[0]) > 1e-3
-
-
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
-def test_ddpm(variance, kind, monkeypatch):
-    for steps in (1, 10, 50):
-        made = {"prediction_type": NAMES[kind], "clip_sample": False, "variance_type": variance}
-        scheduler = tabled("DDPMScheduler", **made)
-        scheduler.set_timesteps(steps)
-        grid = {"name": "leading", "offset": 0}
-        compare(planned("ddpm", steps, grid, kind, variance=variance), scheduler, monkeypatch)
-        # its last step draws noise wherever its time is above 0: an option here, and no small noise at sigma = 0
-        scheduler = tabled("DDPMScheduler", timestep_spacing="trailing", **made)
-        scheduler.set_timesteps(steps)
-        compare(
-            planned("ddpm", steps, "trailing", kind, variance=variance, final_noise=True),
-            scheduler,
-            monkeypatch,
-            tolerance=1e-5 if variance == "fixed_large" else 1e-9,
-        ) if steps > 1 else None
-
-
-@pytest.mark.parametrize("skip", [True, False])
-def test_pndm(skip, monkeypatch):
-    for steps in (4, 10, 50):
-        scheduler = tabled("PNDMScheduler", skip_prk_steps=skip, steps_offset=1, set_alpha_to_one=False)
-        scheduler.set_timesteps(steps)
-        plan = planned("plms" if skip else "pndm", steps, {"name": "leading", "end": 0.0}, "eps")
-        compare(plan, scheduler, monkeypatch)
-
-
-def test_ipndm(monkeypatch):
-    """Its schedule is TrigFlow's angle and its network a velocity; from alpha = 0 it would lose the first answer."""
-    schedule = schedules.get("trigflow", sigma_data=1.0)
-    for steps in (1, 2, 3, 10):
-        levels = [0.999 * (1 - i / steps) for i in range(steps)] + [0.0]
-        scheduler = diffusers.IPNDMScheduler(trained_betas=levels)
-        scheduler.set_timesteps(steps)
-        grid = [float(torch.tensor(level, dtype=torch.float64).asin()) for level in scheduler.betas]
-        plan = solvers.plan("ipndm", schedule, steps, grid=grid, prediction="v", guidance=GUIDANCE, initial_scale=1.0)
-        expected, _ = theirs(scheduler, START, monkeypatch)
-        assert apart(ours(plan)[0], expected) < 1e-5  # its alpha = sqrt(1 - beta^2) is float32
-
-
-@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
-def test_lcm(kind, monkeypatch):
-    for steps in (1, 2, 4, 8):
-        scheduler = tabled("LCMScheduler", prediction_type=NAMES[kind])
-        scheduler.set_timesteps(steps)
-        compare(planned("lcm", steps, None, kind, timestep_scaling=10.0), scheduler, monkeypatch, tolerance=1e-7)
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
-def test_tcd(kind, eta, monkeypatch):
-    for steps in (1, 2, 4, 8):
-        scheduler = tabled("TCDScheduler", prediction_type=NAMES[kind])
-        scheduler.set_timesteps(steps)
-        plan = planned("tcd", steps, {"name": "lcm", "end": 0.0}, kind, eta=eta)
-        compare(plan, scheduler, monkeypatch, tolerance=1e-7, eta=eta)
-
-
-def test_consistency_models(monkeypatch):
-    schedule, kind = schedules.get("edm"), Prediction("edm", boundary=0.002)
-    for steps in (1, 2, 4):
-        scheduler = diffusers.CMStochasticIterativeScheduler(clip_denoised=False)
-        scheduler.set_timesteps(steps)
-        levels = [min(float(sigma), 80.0) for sigma in scheduler.sigmas[:steps]]
-        plan = solvers.plan(
-            "consistency",
-            schedule,
-            steps,
-            grid=[*levels, 0.0],
-            prediction=kind,
-            guidance=GUIDANCE,
-            initial_scale=1.0,
-        )
-        expected, _ = theirs(scheduler, START, monkeypatch)
-        assert apart(ours(plan)[0], expected) < 1e-5
-
-
-def test_trigflow_consistency(monkeypatch):
-    schedule = schedules.get("trigflow")
-    for steps in (1, 2, 4):
-        scheduler = diffusers.SCMScheduler(sigma_data=0.5)
-        middle = {} if steps == 2 else {"intermediate_timesteps": None}
-        scheduler.set_timesteps(steps, max_timesteps=1.56, **middle)
-        grid = [float(t) for t in scheduler.timesteps]
-        plan = solvers.plan(
-            "consistency", schedule, steps, grid=grid, prediction="edm", guidance=GUIDANCE, initial_scale=1.0
-        )
-        # it expects the paper's F, of the other sign, times sigma_data, and scales no input
-        scheduler.scale_model_input = lambda x, t: x / 0.5
-        expected, _ = theirs(scheduler, START, monkeypatch, convert=lambda out, x: -0.5 * out, evaluations=steps)
-        assert apart(ours(plan)[0], expected) < 1e-5
-
-
 def test_the_published_third_order_rows_are_not_the_right_ones(monkeypatch):
     """What the options are for: the defaults differ from diffusers by far more than any tolerance here."""
     for made, solver, least in (
@@ -527,64 +296,3 @@ def test_bh1_to_sigma_zero_is_a_number_here(monkeypatch):
     grid = times_of(schedules.get("sd"), scheduler.sigmas)
     assert not torch.isfinite(theirs(scheduler, START, monkeypatch)[0]).all()
     assert torch.isfinite(ours(planned("unipc", 6, grid, "eps", variant="bh1"))[0]).all()
-
-
-def ratios(grid, name: str, steps: int) -> list[float]:
-    """sigma/alpha at a grid's times."""
-    schedule = schedules.get(name)
-    return [schedule.ratio(t) for t in solvers.grids.times(grid, schedule, steps)]
-
-
-@pytest.mark.parametrize("steps", [2, 7, 10, 50])
-def test_stable_diffusions_spacings_are_its_schedulers(steps):
-    sd = schedules.get("sd")
-    for scheduler, grid, made in (
-        ("EulerDiscreteScheduler", "linspace", {"timestep_spacing": "linspace"}),
-        ("DDIMScheduler", "trailing", {"timestep_spacing": "trailing"}),
-        ("DDIMScheduler", "leading", {"timestep_spacing": "leading", "steps_offset": 1}),
-        ("EulerDiscreteScheduler", {"name": "leading", "offset": 0}, {"timestep_spacing": "leading"}),
-        ("DPMSolverMultistepScheduler", {"name": "linspace", "drop_last": True}, {"timestep_spacing": "linspace"}),
-        ("LCMScheduler", "lcm", {}),
-    ):
-        theirs = getattr(diffusers, scheduler)(**SD, **made)
-        theirs.set_timesteps(steps)
-        ours = solvers.grids.times(grid, sd, steps)
-        assert ours == pytest.approx([*(float(t) for t in theirs.timesteps), -1.0], rel=1e-6)
-
-
-@pytest.mark.parametrize("steps", [2, 7, 10, 50])
-@pytest.mark.parametrize(
-    ("grid", "switch"),
-    [
-        ("karras", "use_karras_sigmas"),
-        ("exponential", "use_exponential_sigmas"),
-        ({"name": "beta", "coordinate": "ratio"}, "use_beta_sigmas"),
-    ],
-)
-def test_grids_laid_in_sigma_are_its_schedulers(steps, grid, switch):
-    theirs = diffusers.EulerDiscreteScheduler(**SD, **{switch: True})
-    theirs.set_timesteps(steps)
-    # theirs ends at sqrt(1 - alphas_cumprod[0]) in float32: 6e-8 of 8.5e-4
-    assert ratios(grid, "sd", steps) == pytest.approx([float(sigma) for sigma in theirs.sigmas], rel=5e-5)
-
-
-def test_align_your_steps_are_its_tables():
-    from diffusers.schedulers import AysSchedules
-
-    for name, table in (("sd", "StableDiffusion"), ("sdxl", "StableDiffusionXL"), ("edm", "StableDiffusionVideo")):
-        grid = {"name": "align_your_steps"} if name != "edm" else {"name": "align_your_steps", "model": "svd"}
-        schedule = schedules.get(name, t_max=700.0) if name == "edm" else schedules.get(name)
-        found = [schedule.ratio(t) for t in solvers.grids.times(grid, schedule, 10)]
-        assert found == pytest.approx(AysSchedules[f"{table}Sigmas"], rel=1e-4)
-        if name != "edm":  # the published indices are those levels, rounded
-            told = solvers.grids.times(grid, schedule, 10)[:-1]
-            assert all(abs(a - b) < 1.0 for a, b in zip(told, AysSchedules[f"{table}Timesteps"]))
-
-
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_shifted_flow_times_are_its_sigmas(shift):
-    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-    theirs.set_timesteps(sigmas=[1 - i / 8 for i in range(8)])
-    schedule = schedules.get("flow", shift=shift)
-    found = [schedule.sigma(t) for t in solvers.grids.times("uniform", schedule, 8)]
-    assert found == pytest.approx([float(sigma) for sigma in theirs.sigmas], rel=1e-6)

@@ -1,0 +1,147 @@
+"""diffusers' schedulers that read a table of alphas, jump between indices or follow schedules of their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fewstep import solvers
+from fewstep.diffusion import schedules
+from fewstep.diffusion.prediction import Prediction
+from tests.solvers.diffusers_runs import (
+    GUIDANCE,
+    NAMES,
+    START,
+    apart,
+    compare,
+    diffusers,
+    ours,
+    planned,
+    tabled,
+    theirs,
+)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+@pytest.mark.parametrize("to_one", [False, True])
+def test_ddim(kind, eta, to_one, monkeypatch):
+    for steps in (1, 2, 10, 50):
+        for spacing in ("leading", "trailing"):
+            scheduler = tabled(
+                "DDIMScheduler",
+                prediction_type=NAMES[kind],
+                clip_sample=False,
+                set_alpha_to_one=to_one,
+                timestep_spacing=spacing,
+                steps_offset=1,
+            )
+            scheduler.set_timesteps(steps)
+            grid = {"name": spacing, **({} if to_one else {"end": 0.0})}
+            compare(planned("ddim", steps, grid, kind, eta=eta), scheduler, monkeypatch, eta=eta)
+
+
+@pytest.mark.parametrize(("spacing", "steps"), [("linspace", 10), ("trailing", 12), ("leading", 7)])
+def test_ddims_target_is_a_stride_away_and_not_the_next_time(spacing, steps, monkeypatch):
+    scheduler = tabled("DDIMScheduler", clip_sample=False, timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    grid = [*(float(t) for t in scheduler.timesteps), -1.0]
+    compare(planned("ddim", steps, grid, "eps", stride=1000 // steps), scheduler, monkeypatch)
+    if spacing != "leading":
+        plain, _ = ours(planned("ddim", steps, grid, "eps"))
+        assert apart(plain, theirs(scheduler, START, monkeypatch)[0]) > 1e-3
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+def test_ddpm(variance, kind, monkeypatch):
+    for steps in (1, 10, 50):
+        made = {"prediction_type": NAMES[kind], "clip_sample": False, "variance_type": variance}
+        scheduler = tabled("DDPMScheduler", **made)
+        scheduler.set_timesteps(steps)
+        grid = {"name": "leading", "offset": 0}
+        compare(planned("ddpm", steps, grid, kind, variance=variance), scheduler, monkeypatch)
+        # its last step draws noise wherever its time is above 0: an option here, and no small noise at sigma = 0
+        scheduler = tabled("DDPMScheduler", timestep_spacing="trailing", **made)
+        scheduler.set_timesteps(steps)
+        compare(
+            planned("ddpm", steps, "trailing", kind, variance=variance, final_noise=True),
+            scheduler,
+            monkeypatch,
+            tolerance=1e-5 if variance == "fixed_large" else 1e-9,
+        ) if steps > 1 else None
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_pndm(skip, monkeypatch):
+    for steps in (4, 10, 50):
+        scheduler = tabled("PNDMScheduler", skip_prk_steps=skip, steps_offset=1, set_alpha_to_one=False)
+        scheduler.set_timesteps(steps)
+        plan = planned("plms" if skip else "pndm", steps, {"name": "leading", "end": 0.0}, "eps")
+        compare(plan, scheduler, monkeypatch)
+
+
+def test_ipndm(monkeypatch):
+    """Its schedule is TrigFlow's angle and its network a velocity; from alpha = 0 it would lose the first answer."""
+    schedule = schedules.get("trigflow", sigma_data=1.0)
+    for steps in (1, 2, 3, 10):
+        levels = [0.999 * (1 - i / steps) for i in range(steps)] + [0.0]
+        scheduler = diffusers.IPNDMScheduler(trained_betas=levels)
+        scheduler.set_timesteps(steps)
+        grid = [float(torch.tensor(level, dtype=torch.float64).asin()) for level in scheduler.betas]
+        plan = solvers.plan("ipndm", schedule, steps, grid=grid, prediction="v", guidance=GUIDANCE, initial_scale=1.0)
+        expected, _ = theirs(scheduler, START, monkeypatch)
+        assert apart(ours(plan)[0], expected) < 1e-5  # its alpha = sqrt(1 - beta^2) is float32
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+def test_lcm(kind, monkeypatch):
+    for steps in (1, 2, 4, 8):
+        scheduler = tabled("LCMScheduler", prediction_type=NAMES[kind])
+        scheduler.set_timesteps(steps)
+        compare(planned("lcm", steps, None, kind, timestep_scaling=10.0), scheduler, monkeypatch, tolerance=1e-7)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+def test_tcd(kind, eta, monkeypatch):
+    for steps in (1, 2, 4, 8):
+        scheduler = tabled("TCDScheduler", prediction_type=NAMES[kind])
+        scheduler.set_timesteps(steps)
+        plan = planned("tcd", steps, {"name": "lcm", "end": 0.0}, kind, eta=eta)
+        compare(plan, scheduler, monkeypatch, tolerance=1e-7, eta=eta)
+
+
+def test_consistency_models(monkeypatch):
+    schedule, kind = schedules.get("edm"), Prediction("edm", boundary=0.002)
+    for steps in (1, 2, 4):
+        scheduler = diffusers.CMStochasticIterativeScheduler(clip_denoised=False)
+        scheduler.set_timesteps(steps)
+        levels = [min(float(sigma), 80.0) for sigma in scheduler.sigmas[:steps]]
+        plan = solvers.plan(
+            "consistency",
+            schedule,
+            steps,
+            grid=[*levels, 0.0],
+            prediction=kind,
+            guidance=GUIDANCE,
+            initial_scale=1.0,
+        )
+        expected, _ = theirs(scheduler, START, monkeypatch)
+        assert apart(ours(plan)[0], expected) < 1e-5
+
+
+def test_trigflow_consistency(monkeypatch):
+    schedule = schedules.get("trigflow")
+    for steps in (1, 2, 4):
+        scheduler = diffusers.SCMScheduler(sigma_data=0.5)
+        middle = {} if steps == 2 else {"intermediate_timesteps": None}
+        scheduler.set_timesteps(steps, max_timesteps=1.56, **middle)
+        grid = [float(t) for t in scheduler.timesteps]
+        plan = solvers.plan(
+            "consistency", schedule, steps, grid=grid, prediction="edm", guidance=GUIDANCE, initial_scale=1.0
+        )
+        # it expects the paper's F, of the other sign, times sigma_data, and scales no input
+        scheduler.scale_model_input = lambda x, t: x / 0.5
+        expected, _ = theirs(scheduler, START, monkeypatch, convert=lambda out, x: -0.5 * out, evaluations=steps)
+        assert apart(ours(plan)[0], expected) < 1e-5
