@@ -20,6 +20,8 @@ from typing import NamedTuple
 import pytest
 
 from fewstep import cli, config
+from fewstep.arguments import read
+from fewstep.errors import UserError
 from fewstep.methods import registry as method_registry
 from fewstep.solvers import registry as solver_registry
 
@@ -125,9 +127,9 @@ def test_every_command_is_one(page, monkeypatch):
 def accepts(block: Block, words: list[str]) -> None:
     """The command line takes these words, and a recipe among them takes its overrides."""
     try:
-        arguments = cli._parser().parse_args(words)
-    except SystemExit:
-        pytest.fail(f"{block.name}: fewstep {' '.join(words)}")
+        arguments = read(cli._parser(), words)
+    except (SystemExit, UserError) as error:
+        pytest.fail(f"{block.name}: fewstep {' '.join(words)}: {error}")
     if "recipe" in arguments and (ROOT / "recipes").joinpath(Path(arguments.recipe).name).exists():
         config.load(arguments.recipe, arguments.overrides)
 
@@ -151,6 +153,20 @@ def test_every_link_and_every_named_file_exists(page):
     named = [ROOT / span for span in spans if span.split("/")[0] in tops and not span.startswith(MADE)]
     missing = [str(path) for path in (*linked, *named) if "*" not in path.name and not path.exists()]
     assert not missing, missing
+
+
+def test_the_readmes_commands_follow_each_other(tmp_path, monkeypatch, capsys):
+    """Each finds what the one before left: a teacher, a student, its graph. Short and small, and without TensorRT."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    lines = [words for block in BLOCKS if block.page.name == "README.md" for words in commands(block)]
+    chain = [words[1:] for words in lines if words[0] == "fewstep" and words[1] in ("train", "distill", "export")]
+    assert [words[0] for words in chain] == ["train", "distill", "export"]
+    for command, *words in chain:
+        small = ["--steps", "1"] if command == "export" else ["train.updates=2", "data.batch_size=8"]
+        given = [command, *(word for word in words if word != "--tensorrt"), *small]
+        assert cli.main(given) == 0, capsys.readouterr().err
+    assert list((tmp_path / chain[-1][1]).glob("*.onnx"))
 
 
 def test_commands_named_in_the_text_exist():
