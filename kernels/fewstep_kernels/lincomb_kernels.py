@@ -74,7 +74,7 @@ if triton is not None:
             tl.store(target, totals[m] if kind == tl.float64 else totals[m].to(tl.float32).to(kind), mask=inside)
 
 
-def _launch_triton(inputs, outputs, rows, batch, count, coefficients, seeds, stream) -> None:
+def launch_triton(inputs, outputs, rows, batch, count, coefficients, seeds, stream) -> None:
     block = min(1024, max(16, 1 << (count - 1).bit_length()))
     blocks = -(-count // block)
     size = len(inputs)
@@ -123,7 +123,7 @@ def launch(
     count = inputs[0].numel() // batch
     rows = [v for x in (*inputs, *outputs) for v in (x.data_ptr(), x.stride(0), _CODES[x.dtype])]
     if backend == "triton":
-        _launch_triton(inputs, outputs, rows, batch, count, coefficients, seeds, stream)
+        launch_triton(inputs, outputs, rows, batch, count, coefficients, seeds, stream)
     else:
         code = _launch_c(inputs, outputs, rows, batch, count, coefficients, seeds, stream)
         native.check("lincomb", inputs[0], code)
@@ -229,7 +229,7 @@ def direct(
             return None
         native.check("lincomb", first, code)
     elif layout.apart(rows, len(inputs), batch, numel // batch):
-        _launch_triton(inputs, out, rows, batch, numel // batch, coefficients, seeds, stream)
+        launch_triton(inputs, out, rows, batch, numel // batch, coefficients, seeds, stream)
     else:
         return None
     return tuple(out)

@@ -20,9 +20,10 @@ from fewstep.diffusion.linear import coefficient_dtype
 from fewstep.errors import UserError, choose
 from fewstep.solvers import parts
 from fewstep.solvers.calls import conditions, evaluate, network_calls, other_calls, read_by, split
-from fewstep.solvers.memory import Buffers, Tables, buffers_of, noises, tracing
+from fewstep.solvers.memory import Buffers, Tables, buffers_of, noises, started, targets, tracing
 from fewstep.solvers.plans import Plan, Stage, is_slot
 from fewstep.solvers.reading import MOMENTUM
+from fewstep.solvers.replay import replay_of
 from fewstep_kernels import lincomb, normal
 
 RECORDS = ("x", "denoised", "mean")
@@ -145,6 +146,11 @@ def _run(
     reuse = gradient == "none" and not tracing()
     buffers = buffers_of(plan, first) if reuse else None
     conds = conditions(networks, stages, cond, uncond, negatives, buffers)
+    if buffers is not None and not (answer or record or start) and stop == len(plan.stages):
+        replay = replay_of(plan, first, buffers, tables, carried is not None)
+        if replay is not None:
+            x = replay.run(calls, conds, first, carried, seeds)
+            return Execution(x, x, {})
     recorded: dict[str, list[Tensor]] = {name: [] for name in record}
 
     scale = plan.initial_scale if start == 0 else 1.0
@@ -236,22 +242,11 @@ def _split_noise(
 
 def _started(tables: Tables, stage: Stage, first: Tensor, scale: float, buffers: Buffers | None) -> dict[str, Tensor]:
     """Registers "x" and, where the network reads something else, "input"."""
-    asked = len(stage.conditions)
-    separate = asked > 1 or (asked == 1 and stage.input_scale != 1.0)
-    scales = [scale, scale * stage.input_scale] if separate else [scale]
-    if buffers is None:
-        values = lincomb([first], tables.start(tuple(scales)), dtypes=[first.dtype] * len(scales))
-        return dict(zip(("x", "input"), values))
-    out = [buffers["x"]]
-    if separate:
-        out.append(buffers["input"])
-    if asked == 2:
-        out.append(buffers["second input"])
-        scales.append(scales[-1])
-    lincomb([first], tables.start(tuple(scales)), out=out)
-    known = {"x": buffers["x"]}
-    if separate:
-        known["input"] = buffers.input_of(asked)
+    out, scales = started(stage, scale, buffers)
+    values = lincomb([first], tables.start(scales), out=out, dtypes=None if out else [first.dtype] * len(scales))
+    known = dict(zip(("x", "input"), values))
+    if "input" in known and buffers is not None:
+        known["input"] = buffers.input_of(len(stage.conditions))
     return known
 
 
@@ -259,14 +254,11 @@ def _targets(
     plan: Plan, index: int, last: bool, first: Tensor, buffers: Buffers | None
 ) -> tuple[list[Tensor] | None, tuple[str, ...]]:
     """Where a stage writes: buffers, but for the final x, which the caller keeps."""
-    names = plan.stages[index].outputs
     if buffers is None:
-        return None, names
-    out = [buffers[name] for name in names]
+        return None, plan.stages[index].outputs
+    out, names = targets(plan, index, buffers)
     if last:
         out[names.index("x")] = torch.empty(first.shape, dtype=first.dtype, device=first.device)
-    if "input" in names and len(plan.stages[index + 1].conditions) == 2:
-        return [*out, buffers["second input"]], (*names, "second input")
     return out, names
 
 

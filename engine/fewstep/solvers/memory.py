@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.linear import coefficient_dtype
-from fewstep.solvers.plans import Plan
+from fewstep.solvers.plans import Plan, Stage
 from fewstep.solvers.reading import SHAPED
 
 _KEPT_SHAPES = 8
@@ -107,6 +107,29 @@ class Buffers(dict[Any, Any]):
         if asked > 2:
             share.unflatten(0, (asked, size))[1:].copy_(self["input"])
         return share
+
+
+def started(stage: Stage, scale: float, buffers: Buffers | None) -> tuple[list[Tensor] | None, tuple[float, ...]]:
+    """Where a run's first map writes x and what the first stage's network reads, if that is something else, and what
+    each of them is of the noise."""
+    asked = len(stage.conditions)
+    separate = asked > 1 or (asked == 1 and stage.input_scale != 1.0)
+    read = scale * stage.input_scale
+    if buffers is None:
+        return None, (scale, read) if separate else (scale,)
+    if not separate:
+        return [buffers["x"]], (scale,)
+    if asked == 2:
+        return [buffers["x"], buffers["input"], buffers["second input"]], (scale, read, read)
+    return [buffers["x"], buffers["input"]], (scale, read)
+
+
+def targets(plan: Plan, index: int, buffers: Buffers) -> tuple[list[Tensor], tuple[str, ...]]:
+    """The buffers a stage writes, with their registers; both halves of a guided call's input."""
+    names = plan.stages[index].outputs
+    if "input" in names and len(plan.stages[index + 1].conditions) == 2:
+        names = (*names, "second input")
+    return [buffers[name] for name in names], names
 
 
 def buffers_of(plan: Plan, first: Tensor) -> Buffers:
