@@ -102,6 +102,20 @@ CASES = [
     ("EulerDiscreteScheduler", LEADING, "euler", "leading", {"initial_scale": 1.0}),
     ("DDIMScheduler", {**LEADING, "clip_sample": False}, "ddim", "leading", {"initial_scale": 1.0, "stride": 166}),
     ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}, "euler_a", "trailing", {}),
+    (
+        "DPMSolverMultistepScheduler",
+        {"thresholding": True, "dynamic_thresholding_ratio": 0.8},
+        "dpmpp_2m",
+        DROPPED,
+        {**LOWERED, "threshold": {"quantile": 0.8, "most": 1.0}},
+    ),
+    (
+        "DDIMScheduler",
+        {**LEADING, "clip_sample": True},
+        "ddim",
+        "leading",
+        {"initial_scale": 1.0, "stride": 166, "clip": 1.0, "unbounded_noise": True},
+    ),
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from fewstep.diffusion.linear import coefficient_dtype, combine
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError, choose
-from fewstep.solvers import registry
+from fewstep.solvers import parts, registry
+from fewstep.solvers.calls import split
 from fewstep.solvers.memory import tracing
 from fewstep.solvers.plans import Plan, Stage
 from fewstep_kernels import lincomb
@@ -36,7 +37,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
     `solver`, `grid` and `options` are `plan`'s; `schedule` is a schedule as `to_dict` gives it, or None for Stable
     Diffusion's of the betas given (only "scaled_linear"), or "flow" where prediction_type is "flow_prediction". The
     config is plain JSON, saved and loaded by diffusers; `from_config(pipe.scheduler.config, solver=...)` takes over
-    betas and prediction type from another scheduler.
+    betas, prediction type and bounds on clean estimates (`thresholding`, `clip_sample`; names and precedence are
+    diffusers') from another scheduler; `threshold` and `clip` in `options` stand before those.
+
+    The pipeline asks its one network and guides; so options that ask otherwise (`guidance`, a network in a role of its
+    own, a network told where it lands) are refused here. A learned variance is read from the output's second half.
 
     A pipeline may start at any step (image to image, `set_begin_index`): the solver then warms up from there. Plans and
     their coefficients stay on the device between calls; a step copies nothing there and asks it nothing.
@@ -59,6 +64,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
         options: dict[str, Any] | None = None,
         schedule: dict[str, Any] | None = None,
         shift: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
     ) -> None:
         if prediction_type not in KINDS:
             raise choose("prediction_type", prediction_type, KINDS)
@@ -70,9 +80,27 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self.plan: Plan | None = None
         self._plans: dict[tuple[Any, ...], Plan] = {}
-        lists = [value for value in (grid, *(options or {}).values()) if isinstance(value, (list, tuple))]
-        if not lists:  # a wrong solver, grid or option is refused now and not in the middle of a pipeline
-            self._compile(1)
+        if not any(isinstance(value, (list, tuple)) for value in (options or {}).values()):
+            # a wrong solver, grid or option is refused now and not in the middle of a pipeline
+            self._plan_of(len(grid) - 1 if isinstance(grid, (list, tuple)) else 2, grid)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A scheduler from another's config, what that leaves at its class's defaults included.
+
+        diffusers drops those, so that DDPMScheduler(clip_sample=True by default) would come over without its clipping.
+        One with a shift and no betas is of flow matching and its networks predict the flow.
+        """
+        if isinstance(config, Mapping):
+            config = {key: value for key, value in config.items() if key != "_use_default_values"}
+            if "shift" in config and not config.keys() & {"beta_start", "prediction_type"}:
+                config["prediction_type"] = "flow_prediction"
+            if config.get("rescale_betas_zero_snr") or config.get("trained_betas") is not None:
+                raise UserError(
+                    "the config has betas of its own (rescale_betas_zero_snr or trained_betas), which no schedule here "
+                    f"follows; give one as schedule=.., of {', '.join(schedules.names())}."
+                )
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def _made_schedule(self, given: dict[str, Any] | None) -> Schedule:
         if given is not None:
@@ -96,10 +124,36 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
         return self._kept_plan((steps, self._given, self.schedule), lambda: self._plan_of(steps, grid))
 
     def _plan_of(self, steps: int, grid: Any, options: dict[str, Any] | None = None) -> Plan:
-        options = dict(self.config.options or {}) if options is None else options
+        options = {**self._bounds(), **(dict(self.config.options or {}) if options is None else options)}
         if isinstance(options.get("order"), int):
             options["order"] = min(options["order"], steps)
-        return registry.plan(self.config.solver, self.schedule, steps, grid=grid, prediction=self.prediction, **options)
+        if options.get("guidance") is not None:
+            raise UserError(
+                f"options of PlanScheduler hold guidance={options['guidance']!r}; leave it out, the pipeline guides "
+                "(guidance_scale=..), or run the plan by fewstep.sample."
+            )
+        plan = registry.plan(self.config.solver, self.schedule, steps, grid=grid, prediction=self.prediction, **options)
+        if plan.roles:
+            raise UserError(
+                f"these options of solver {plan.solver!r} ask a network in the role {plan.roles[0]!r} and a pipeline "
+                "has one network; choose others, or run the plan by fewstep.sample(.., others=..)."
+            )
+        if any(stage.landing is not None for stage in plan.stages):
+            raise UserError(
+                f"two_times=True of solver {plan.solver!r} tells the network where it lands and a pipeline does not; "
+                "leave it out, or run the plan by fewstep.sample."
+            )
+        return plan
+
+    def _bounds(self) -> dict[str, Any]:
+        """The bounds on clean estimates that diffusers' own names ask for, thresholding before clipping as there."""
+        own = self.config.options or {}
+        if own.get("threshold") is not None or own.get("clip") is not None:
+            return {}
+        if self.config.thresholding:
+            quantile, most = self.config.dynamic_thresholding_ratio, self.config.sample_max_value
+            return {"threshold": {"quantile": quantile, "most": most}}
+        return {"clip": self.config.clip_sample_range} if self.config.clip_sample else {}
 
     def _kept_plan(self, key: tuple[Any, ...], make: Callable[[], Plan]) -> Plan:
         """The plan of this key, the last eight of which are kept for the pipeline's next calls."""
@@ -190,7 +244,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """x of the next evaluation from the network's output at this one; calls come in the order of `timesteps`."""
+        """x of the next evaluation from the network's output at this one; calls come in the order of `timesteps`.
+
+        model_output: [B, C, H, W] like the sample, or [B, 2 C, H, W] where the plan learns its variance.
+        """
         plan = self._planned()
         if self._index is None:
             self._index = self._position(timestep)
@@ -200,11 +257,17 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
         if self._index - self._offset >= len(self._running.stages):
             raise UserError(f"this plan has {plan.evaluations} evaluations; call set_timesteps before another run.")
         stage = self._running.stages[self._index - self._offset]
-        known = {**self._kept, "x": sample, "cond": model_output}
+        answers = split(model_output, 1 + len(stage.answers), sample)
+        known = {**self._kept, "x": sample, **dict(zip(("cond", *stage.answers), answers))}
         if stage.noise:
             known["noise"] = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        dtype = coefficient_dtype(sample, model_output)
+        table, *of_parts = _tables(self._running, sample.device, dtype)[self._index - self._offset]
+        assert table is not None
+        for part, matrix in zip(stage.nonlinear, of_parts):
+            made = parts.run(part, [known[name] for name in part.inputs], matrix, None, dtype)
+            known.update(zip(part.outputs, made))
         inputs = [known[name] for name in stage.inputs]
-        table = _tables(self._running, sample.device, coefficient_dtype(*inputs))[self._index - self._offset]
         names = _outputs(stage)
         found = dict(zip(names, lincomb(inputs, table, dtypes=[sample.dtype] * len(names))))
         self._index += 1
@@ -263,12 +326,18 @@ def _outputs(stage: Stage) -> tuple[str, ...]:
     return tuple(name for name in stage.outputs if name != "input")
 
 
-def _tables(plan: Plan, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Each stage's coefficients [M, K], copied to the device once for as long as the plan lives."""
+def _tables(plan: Plan, device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor | None, ...]]:
+    """Each stage's coefficients [M, K] and its parts' (None where a part has none), copied to the device once for as
+    long as the plan lives.
+    """
 
-    def made() -> list[Tensor]:
+    def made() -> list[tuple[Tensor | None, ...]]:
         rows = ([stage.matrix[stage.outputs.index(name)] for name in _outputs(stage)] for stage in plan.stages)
-        return [torch.tensor(table, device=device, dtype=dtype) for table in rows]
+        every = ([table, *(part.matrix for part in stage.nonlinear)] for table, stage in zip(rows, plan.stages))
+        return [
+            tuple(torch.tensor(table, device=device, dtype=dtype) if table else None for table in tables)
+            for tables in every
+        ]
 
     if tracing():
         return made()
