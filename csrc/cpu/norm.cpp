@@ -11,6 +11,7 @@ typedef fewstep_normalisation Job;
 enum Task { FORWARD, BACKWARD, TANGENT };
 
 const NormFunctions &f = FEWSTEP_CHOOSE(norm_chunk);
+const RowFunctions &r = FEWSTEP_CHOOSE(norm_rows_chunk);
 
 /* a, b and what is added to x, with their tangents, for one sample. */
 struct Coefficients {
@@ -56,6 +57,7 @@ struct Run {
     const Job &job;
     NormTile tile = {};
     Coefficients k;
+    std::vector<float> sums; /* of columns */
 
     Run(const Job &given, Task task) : job(given), k(given, task) {
         tile.dtype = (int)job.dtype, tile.moved_dtype = (int)job.moved_dtype;
@@ -84,6 +86,9 @@ struct Run {
     }
 };
 
+/* Whether the pass that sums v leaves it where dx will be, which spares the second exp of every element. */
+bool keeps(const Job &job, Task task) { return task == BACKWARD && job.silu && job.dtype == FEWSTEP_FLOAT32; }
+
 /* Groups of whole planes: row (b, g) is contiguous, its P channels are its lines. */
 void planes(const Job &job, Task task, int64_t first_row, int64_t last_row) {
     const int64_t G = job.groups, P = job.channels / G, S = job.positions, C = job.channels;
@@ -93,7 +98,7 @@ void planes(const Job &job, Task task, int64_t first_row, int64_t last_row) {
     Run run(job, task);
     NormTile &tile = run.tile;
     tile.statistics_step = tile.coefficients_step = 1;
-    const bool keep = task == BACKWARD && job.silu && job.dtype == FEWSTEP_FLOAT32; /* spares the second exp of every element */
+    const bool keep = keeps(job, task);
     for (int64_t row = first_row; row < last_row; ++row) {
         const int64_t b = row / G, from = row % G * P, start = row * P * S;
         run.k.read(b);
@@ -140,54 +145,78 @@ void planes(const Job &job, Task task, int64_t first_row, int64_t last_row) {
     }
 }
 
-/* Rows of D, `positions` to a sample, a few at a time so that they stay in cache. */
-void rows(const Job &job, Task task, int64_t first_row, int64_t last_row, double *column_vx, double *column_v) {
-    const int64_t D = job.channels, block = std::clamp<int64_t>(4096 / D, 1, 64);
-    float means[64], rstds[64], firsts[64], seconds[64];
-    Run run(job, task);
-    NormTile &tile = run.tile;
-    tile.coefficients_vary = true, tile.statistics_step = 1;
-    for (int64_t row = first_row; row < last_row;) {
-        const int64_t b = row / job.positions, lines = std::min({block, last_row - row, (b + 1) * job.positions - row}), start = row * D;
-        double sums[128] = {0};
-        run.k.read(b);
-        if (task != BACKWARD) {
-            run.tiles(start, lines, D, [&](int64_t l, int64_t) { f.moments(tile, &sums[2 * l], 2); });
-            for (int64_t l = 0; l < lines; ++l) {
-                double mean, rstd;
-                statistics(job, sums[2 * l], sums[2 * l + 1], (double)D, &mean, &rstd);
-                means[l] = (float)mean, rstds[l] = (float)rstd;
+/* What rows are read, and with which coefficients. */
+struct Rows {
+    const Job &job;
+    const Task task;
+    Coefficients k;
+    std::vector<float> scratch, columns;
+    NormRows given = {};
+
+    Rows(const Job &of, Task what, int64_t width) : job(of), task(what), k(of, what), scratch(3 * width), columns(what == BACKWARD ? 2 * width : 0) {
+        given.width = width, given.dtype = (int)job.dtype, given.moved_dtype = (int)job.moved_dtype, given.silu = job.silu;
+        given.centred = job.centred, given.eps = job.eps, given.scratch = scratch.data();
+        given.da = columns.data(), given.db = columns.data() + width;
+    }
+
+    void take(int64_t row, int64_t count, const float *a, const float *b, const float *ta, const float *tb) {
+        const int64_t start = row * given.width;
+        given.count = count, given.a = a, given.b = b, given.ta = ta, given.tb = tb;
+        given.x = (const char *)job.x + start * item_size(job.dtype), given.out = (char *)job.out + start * item_size(job.dtype);
+        given.moved = (const char *)job.moved + start * item_size(job.moved_dtype);
+        given.mean = job.mean + row, given.rstd = job.rstd + row;
+        (task == FORWARD ? r.forward : task == BACKWARD ? r.backward : r.tangent)(given);
+    }
+
+    /* Rows of D, `positions` to a sample. sums: of v xhat and of v over these rows, [2, D], where they are wanted. */
+    void run(int64_t first, int64_t last, double *sums) {
+        std::fill(columns.begin(), columns.end(), 0.0f);
+        for (int64_t row = first; row < last; row += given.count) {
+            const int64_t b = row / job.positions;
+            k.read(b);
+            take(row, std::min(last, (b + 1) * job.positions) - row, k.a.data(), k.b.data(), k.ta.data(), k.tb.data());
+        }
+        if (sums) std::copy(columns.begin(), columns.end(), sums);
+    }
+};
+
+constexpr int64_t SMALL_PLANE = 64;
+
+/* Groups of small planes as rows of all their elements, with every channel's coefficients repeated along its plane. */
+void small_planes(const Job &job, Task task, int64_t first_row, int64_t last_row) {
+    const int64_t G = job.groups, C = job.channels, S = job.positions, width = C / G * S;
+    Rows rows(job, task, width);
+    std::vector<float> spread[4]; /* a, b, ta, tb */
+    int64_t sample = -1;
+    for (int64_t row = first_row; row < last_row; ++row) {
+        const int64_t b = row / G, from = row % G * width;
+        rows.k.read(b);
+        if (rows.k.sample != sample) {
+            sample = rows.k.sample;
+            const std::vector<float> *each[] = {&rows.k.a, &rows.k.b, &rows.k.ta, &rows.k.tb};
+            for (int j = 0; j < (task == TANGENT ? 4 : 2); ++j) {
+                spread[j].resize(C * S);
+                for (int64_t c = 0; c < C; ++c) std::fill_n(&spread[j][c * S], S, (*each[j])[c]);
             }
-        } else {
-            std::copy(job.mean + row, job.mean + row + lines, means), std::copy(job.rstd + row, job.rstd + row + lines, rstds);
         }
-        auto each = [&](auto function) {
-            run.tiles(start, lines, D, [&](int64_t l, int64_t c) {
-                run.coefficients(c);
-                tile.mean = &means[l], tile.rstd = &rstds[l], tile.first = &firsts[l], tile.second = &seconds[l];
-                function(l, c);
-            });
-        };
-        if (task == FORWARD) {
-            each([&](int64_t, int64_t) { f.apply(tile); });
-            std::copy(means, means + lines, job.mean + row), std::copy(rstds, rstds + lines, job.rstd + row);
-        } else {
-            std::fill(sums, sums + 2 * lines, 0.0);
-            each([&](int64_t l, int64_t c) { f.pair(tile, &sums[2 * l], column_vx ? column_vx + c : nullptr, column_v ? column_v + c : nullptr); });
-            for (int64_t l = 0; l < lines; ++l)
-                seconds[l] = (float)(sums[2 * l] / (double)D), firsts[l] = job.centred ? (float)(sums[2 * l + 1] / (double)D) : 0.0f;
-            each([&](int64_t, int64_t) { f.project(tile); });
+        std::fill(rows.columns.begin(), rows.columns.end(), 0.0f);
+        const bool moving = task == TANGENT;
+        rows.take(row, 1, &spread[0][from], &spread[1][from], moving ? &spread[2][from] : nullptr, moving ? &spread[3][from] : nullptr);
+        for (int64_t c = 0; task == BACKWARD && c < C / G; ++c) {
+            double sums[2] = {0, 0};
+            for (int64_t i = c * S; i < (c + 1) * S; ++i) sums[0] += rows.columns[i], sums[1] += rows.columns[width + i];
+            job.da[b * C + row % G * (C / G) + c] = (float)sums[0], job.db[b * C + row % G * (C / G) + c] = (float)sums[1];
         }
-        row += lines;
     }
 }
 
-constexpr int64_t PIECE = 16384; /* elements whose sums are taken together: fixed, so that no result depends on the threads */
+/* Elements, and lines at most, whose sums are taken together: fixed, so that no result depends on the threads. */
+constexpr int64_t PIECE = 16384, LINES_EACH = 64, ROW_PIECE = 65536, ROWS_EACH = 256;
 
 /* Two sums for every column of every piece of consecutive lines of C, added up in order into totals [B, 2, C]. */
 template <class Sums>
-std::vector<double> reduce(int64_t batch, int64_t lines, int64_t C, int threads, const Sums &sums) {
-    const int64_t height = std::max<int64_t>(1, PIECE / C), pieces = (lines + height - 1) / height;
+std::vector<double> reduce(int64_t batch, int64_t lines, int64_t C, int64_t height, int threads, const Sums &sums) {
+    const int64_t pieces = (lines + height - 1) / height;
     std::vector<double> parts(batch * pieces * 2 * C);
     share(batch * pieces, threads, [&](int64_t first, int64_t last) { sums(first, last, pieces, height, parts.data()); });
     for (int64_t b = 0; b < batch; ++b)
@@ -202,8 +231,9 @@ std::vector<double> reduce(int64_t batch, int64_t lines, int64_t C, int threads,
 
 /* Channels last: lines of C, `positions` to a sample; everything varies along a line. */
 void channels_last(const Job &job, Task task, int threads) {
-    const int64_t B = job.batch, C = job.channels, G = job.groups, P = C / G, S = job.positions;
+    const int64_t B = job.batch, C = job.channels, G = job.groups, P = C / G, S = job.positions, piece = std::clamp<int64_t>(PIECE / C, 1, LINES_EACH);
     const double count = (double)(P * S);
+    const bool keep = keeps(job, task);
     std::vector<float> mean(B * C), rstd(B * C), first(B * C), second(B * C);
     auto pieces = [&](auto body) {
         return [&job, task, S, body](int64_t from, int64_t to, int64_t pieces, int64_t height, double *parts) {
@@ -223,7 +253,7 @@ void channels_last(const Job &job, Task task, int threads) {
     };
     Coefficients k(job, task);
     if (task != BACKWARD) {
-        const std::vector<double> totals = reduce(B, S, C, threads, pieces([&](Run &run, int64_t, int64_t line, int64_t lines, double *part) {
+        const std::vector<double> totals = reduce(B, S, C, piece, threads, pieces([&](Run &run, int64_t, int64_t line, int64_t lines, double *part) {
             run.tiles(line * C, lines, C, [&](int64_t, int64_t c) { f.columns(run.tile, part + c, part + C + c); });
         }));
         for (int64_t b = 0; b < B; ++b) {
@@ -248,8 +278,11 @@ void channels_last(const Job &job, Task task, int threads) {
         }
     }
     if (task != FORWARD) {
-        const std::vector<double> totals = reduce(B, S, C, threads, pieces([&](Run &run, int64_t b, int64_t line, int64_t lines, double *part) {
-            run.tiles(line * C, lines, C, [&](int64_t, int64_t c) { at(run, b, c), f.pair(run.tile, nullptr, part + c, part + C + c); });
+        const std::vector<double> totals = reduce(B, S, C, piece, threads, pieces([&](Run &run, int64_t b, int64_t line, int64_t lines, double *part) {
+            run.sums.assign(2 * C, 0.0f);
+            run.tile.keep = keep;
+            run.tiles(line * C, lines, C, [&](int64_t, int64_t c) { at(run, b, c), f.pair(run.tile, nullptr, &run.sums[c], &run.sums[C + c]); });
+            std::copy(run.sums.begin(), run.sums.end(), part);
         }));
         k.sample = -1;
         for (int64_t b = 0; b < B; ++b) {
@@ -267,11 +300,16 @@ void channels_last(const Job &job, Task task, int threads) {
             }
         }
     }
-    const int64_t height = std::max<int64_t>(1, PIECE / C), across = (S + height - 1) / height;
+    const int64_t across = (S + piece - 1) / piece;
     const auto last = pieces([&](Run &run, int64_t b, int64_t line, int64_t lines, double *) {
-        run.tiles(line * C, lines, C, [&](int64_t, int64_t c) { at(run, b, c), (task == FORWARD ? f.apply : f.project)(run.tile); });
+        if (keep) run.tile.silu = false, run.tile.moved_dtype = FEWSTEP_FLOAT32;
+        run.tiles(line * C, lines, C, [&](int64_t, int64_t c) {
+            at(run, b, c);
+            if (keep) run.tile.moved = run.tile.out;
+            (task == FORWARD ? f.apply : f.project)(run.tile);
+        });
     });
-    share(B * across, threads, [&](int64_t from, int64_t to) { last(from, to, across, height, nullptr); });
+    share(B * across, threads, [&](int64_t from, int64_t to) { last(from, to, across, piece, nullptr); });
 }
 
 int normalise(const Job &job, Task task, int64_t wanted) {
@@ -282,20 +320,24 @@ int normalise(const Job &job, Task task, int64_t wanted) {
     if (B * S == 0) return 0;
     if (G && job.channels_last) {
         channels_last(job, task, threads);
+    } else if (G && S <= SMALL_PLANE && !job.input_shift.data && !job.tadded.data) {
+        share(B * G, threads, [&](int64_t first, int64_t last) { small_planes(job, task, first, last); });
     } else if (G) {
         share(B * G, threads, [&](int64_t first, int64_t last) { planes(job, task, first, last); });
     } else if (task == BACKWARD) {
+        const int64_t rows_each = std::clamp<int64_t>(ROW_PIECE / C, 1, ROWS_EACH);
         const std::vector<double> totals =
-            reduce(B, S, C, threads, [&](int64_t first, int64_t last, int64_t pieces, int64_t height, double *parts) {
+            reduce(B, S, C, rows_each, threads, [&](int64_t first, int64_t last, int64_t pieces, int64_t height, double *parts) {
+                Rows rows(job, task, C);
                 for (int64_t i = first; i < last; ++i) {
                     const int64_t from = i / pieces * S + i % pieces * height, to = std::min(from + height, (i / pieces + 1) * S);
-                    rows(job, task, from, to, parts + i * 2 * C, parts + i * 2 * C + C);
+                    rows.run(from, to, parts + i * 2 * C);
                 }
             });
         for (int64_t b = 0; b < B; ++b)
             for (int64_t c = 0; c < C; ++c) job.da[b * C + c] = (float)totals[b * 2 * C + c], job.db[b * C + c] = (float)totals[b * 2 * C + C + c];
     } else {
-        share(B * S, threads, [&](int64_t first, int64_t last) { rows(job, task, first, last, nullptr, nullptr); });
+        share(B * S, threads, [&](int64_t first, int64_t last) { Rows(job, task, C).run(first, last, nullptr); });
     }
     return 0;
 }

@@ -1,4 +1,4 @@
-/* What norm.cpp asks of the inner loops that norm_chunk.cpp compiles for each instruction set. */
+/* What norm.cpp asks of the inner loops that norm_chunk.cpp and norm_rows_chunk.cpp compile for each instruction set. */
 #pragma once
 #include <stdint.h>
 
@@ -25,11 +25,34 @@ struct NormFunctions {
     void (*columns)(const NormTile &, double *sum, double *square); /* adds x and x^2 to two numbers a column */
     void (*apply)(const NormTile &);
     /* Adds v xhat and v to two numbers a line (times a where it varies in a line and v is a gradient), and a column, where not null. */
-    void (*pair)(const NormTile &, double *sums, double *column_vx, double *column_v);
+    void (*pair)(const NormTile &, double *sums, float *column_vx, float *column_v);
     void (*project)(const NormTile &); /* dx, or the tangent of y */
 };
 
 extern const NormFunctions norm_chunk_baseline;
 #ifdef FEWSTEP_X86
 extern const NormFunctions norm_chunk_avx2, norm_chunk_avx512;
+#endif
+
+/* Consecutive rows of one sample; a, b: what xhat is multiplied by and what is added, a value a column. */
+struct NormRows {
+    int64_t count, width;
+    const void *x, *moved; /* moved: the gradient of y, or the tangent of x */
+    void *out;
+    int dtype, moved_dtype;
+    bool centred, silu;
+    double eps;
+    float *mean, *rstd;  /* a value a row: forward writes them, backward reads them, tangent makes its own */
+    const float *a, *b, *ta, *tb;
+    float *da, *db;      /* backward adds to them, a value a column */
+    float *scratch;      /* three rows */
+};
+
+struct RowFunctions {
+    void (*forward)(const NormRows &), (*backward)(const NormRows &), (*tangent)(const NormRows &);
+};
+
+extern const RowFunctions norm_rows_chunk_baseline;
+#ifdef FEWSTEP_X86
+extern const RowFunctions norm_rows_chunk_avx2, norm_rows_chunk_avx512;
 #endif

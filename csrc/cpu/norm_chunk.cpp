@@ -1,49 +1,18 @@
-/* The inner loops of the normalisation pairs. Compiled once for each instruction set with -DFEWSTEP_CHUNK=norm_chunk_<name>. */
+/* The inner loops over groups. Compiled once for each instruction set with -DFEWSTEP_CHUNK=norm_chunk_<name>. Products and sums may be
+ * contracted: the normalisation pairs promise no bits across processors. */
+#pragma GCC optimize("fp-contract=fast")
+#include "lanes.h"
 #include "norm.h"
-#include "element.h"
 
 namespace {
 
 typedef const float *__restrict Floats;
 constexpr int LANES = 16;
 
-/* a b + c, fused where the processor can: only in exp, which need not have the same bits everywhere. */
-inline float fused(float a, float b, float c) {
-#ifdef __FMA__
-    return __builtin_fmaf(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
-
-/* exp within 2e-7 of its value for |x| < 16 and within 1e-6 up to 87, where x is clamped. A NaN stays one. Least squares of degree 6: 4e-9. */
-inline float exponential(float x) {
-    x = x > 87.0f ? 87.0f : x < -87.0f ? -87.0f : x;
-    const float shifted = fused(x, 1.44269504f, 12582912.0f), n = shifted - 12582912.0f;
-#ifdef __FMA__
-    const float r = fused(n, -0.69314718f, x);
-#else
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f; /* in two parts, the first exact */
-#endif
-    float p = 1.38991962e-3f;
-    p = fused(p, r, 8.36889759e-3f);
-    p = fused(p, r, 4.16668504e-2f);
-    p = fused(p, r, 1.66665187e-1f);
-    p = fused(p, r, 5.00000000e-1f);
-    p = fused(p, r, 1.0f);
-    p = fused(p, r, 1.0f);
-    uint32_t bits;
-    memcpy(&bits, &shifted, 4);
-    bits = (bits << 23) + 0x3F800000u; /* 2^n: the low bits of shifted hold n */
-    float power;
-    memcpy(&power, &bits, 4);
-    return p * power;
-}
-
 template <bool SILU>
 inline float slope(float u) {
     if (!SILU) return 1.0f;
-    const float gate = 1.0f / (1.0f + exponential(-u));
+    const float gate = sigmoid(u);
     return gate * (1.0f + u * (1.0f - gate));
 }
 
@@ -115,11 +84,23 @@ void moments(const NormTile &tile, double *sums, int64_t step) {
     if (!step) lanes.flush(sums);
 }
 
+/* In float around the first line, of few lines, so that no digit is lost. */
 void columns(const NormTile &tile, double *__restrict sum, double *__restrict square) {
-    float scratch[NORM_TILE];
-    for (int64_t l = 0; l < tile.lines; ++l) {
-        Floats x = floats(tile.x, tile.dtype, l * tile.count, scratch, tile.count);
-        for (int64_t i = 0; i < tile.count; ++i) sum[i] += (double)x[i], square[i] += (double)x[i] * (double)x[i];
+    float scratch[NORM_TILE], pivot[NORM_TILE], first[NORM_TILE], second[NORM_TILE];
+    const int64_t count = tile.count;
+    load(tile.x, tile.dtype, pivot, count);
+    for (int64_t i = 0; i < count; ++i) first[i] = second[i] = 0;
+    for (int64_t l = 1; l < tile.lines; ++l) {
+        Floats x = floats(tile.x, tile.dtype, l * count, scratch, count);
+        for (int64_t i = 0; i < count; ++i) {
+            const float d = x[i] - pivot[i];
+            first[i] += d, second[i] += d * d;
+        }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        const double centre = pivot[i], along = first[i];
+        sum[i] += along + centre * (double)tile.lines;
+        square[i] += second[i] + 2 * centre * along + centre * centre * (double)tile.lines;
     }
 }
 
@@ -135,14 +116,14 @@ void apply(const NormTile &tile) {
         float *__restrict y = tile.dtype == FEWSTEP_FLOAT32 ? (float *)tile.out + l * count : values;
         for (int64_t i = 0; i < count; ++i) {
             const float u = (x[i] - mean[i * VM]) * rstd[i * VM] * a[i * VA] + b[i * VA];
-            y[i] = SILU ? u / (1.0f + exponential(-u)) : u;
+            y[i] = SILU ? u * sigmoid(u) : u;
         }
         if (tile.dtype != FEWSTEP_FLOAT32) store(y, (char *)tile.out + l * count * item_size(tile.dtype), tile.dtype, count);
     }
 }
 
 template <int VM, int VA, bool SILU>
-void pair(const NormTile &tile, double *sums, double *__restrict column_vx, double *__restrict column_v) {
+void pair(const NormTile &tile, double *sums, float *__restrict column_vx, float *__restrict column_v) {
     float scratch[2][NORM_TILE], vx[NORM_TILE], v[NORM_TILE];
     const int64_t count = tile.count;
     Lanes lanes;
@@ -165,8 +146,7 @@ void pair(const NormTile &tile, double *sums, double *__restrict column_vx, doub
             }
         }
         if (column_v) {
-            for (int64_t i = 0; i < count; ++i) column_vx[i] += (double)vx[i];
-            for (int64_t i = 0; i < count; ++i) column_v[i] += (double)v[i];
+            for (int64_t i = 0; i < count; ++i) column_vx[i] += vx[i], column_v[i] += v[i];
         }
         if (tile.keep) memcpy((float *)tile.out + l * count, v, count * sizeof(float));
         if (!sums) continue;
@@ -225,7 +205,7 @@ void project(const NormTile &tile) {
 
 void any_apply(const NormTile &tile) { FEWSTEP_VARIANT(apply, tile) }
 void any_project(const NormTile &tile) { FEWSTEP_VARIANT(project, tile) }
-void any_pair(const NormTile &tile, double *sums, double *column_vx, double *column_v) {
+void any_pair(const NormTile &tile, double *sums, float *column_vx, float *column_v) {
     FEWSTEP_VARIANT(pair, tile, sums, column_vx, column_v)
 }
 
