@@ -34,13 +34,12 @@ def clamp(x: Tensor, most: float) -> Tensor:
 
 def learned_range(noise: Tensor, variance: Tensor, small: float, large: float) -> Tensor:
     """`small`, `large`: standard deviations of the posterior given x0 and of the forward step."""
-    share = 0.5 * (variance + 1.0)
     low, high = math.log(max(small, 1e-10)), math.log(large)
-    return noise * torch.exp(share * (high - low) + low)
+    return noise * (variance.to(noise.dtype) * (0.5 * (high - low))).add_(0.5 * (high + low)).exp_()
 
 
 def learned(noise: Tensor, variance: Tensor) -> Tensor:
-    return noise * variance.clamp(min=0.0).sqrt()
+    return noise * variance.to(noise.dtype).clamp(min=0.0).sqrt()
 
 
 def second_moment(noise: Tensor, eps: Tensor, moment: Tensor, base: float, gain: float) -> Tensor:
