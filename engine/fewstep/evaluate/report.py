@@ -231,7 +231,7 @@ def _latency(results: Mapping[str, Any]) -> str:
     where = {"cpu": "the CPU"}.get(str(latency.get("device", "cpu")), latency.get("device"))
     return (
         "<h2>Latency</h2><p class='soft'>Bars are medians, whiskers reach the 90th percentile; all in one run, on "
-        f"{text(where)} with {text(latency.get('threads', '?'))} threads, "
+        f"{text(where)}, number of threads: {text(latency.get('threads', '?'))}, "
         f"{text(latency.get('warmup_calls', '?'))} warm-up calls before the clock, "
         f"{text(latency.get('rounds', '?'))} interleaved rounds.</p><div class='pair'>{''.join(cards)}</div>"
         f"{latencies(results, RUNNERS)}{skipped}"

@@ -181,8 +181,8 @@ def table(head: Sequence[str], body: Sequence[Sequence[Cell]], *, words: Collect
     lines = "".join(f"<tr>{row}</tr>" for row in rows)
     hint = f"<p class='swipe'>Swipe sideways: {len(head)} columns →</p>"
     return (
-        f'{hint}<div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead>'
-        f"<tbody>{lines}</tbody></table></div>"
+        f'{hint}<div class="scroll" tabindex="0" role="region" aria-label="table of {len(body)} rows">'
+        f"<table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>"
     )
 
 
