@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import backends, layout, native, registration
 from .inner_products import inner_products
@@ -269,7 +270,7 @@ def lincomb(
         written = direct(inputs, coefficients, noise_seeds, noise_stream, out, dtypes)
         if written is not None:
             if out is not None:
-                torch.autograd.graph.increment_version(written)
+                increment_version(written)
             return written
     _check(inputs, coefficients, noise_seeds, noise_stream, out, dtypes)
     if out is not None:
@@ -287,7 +288,7 @@ def lincomb(
         return tuple(outputs if out is None else out)
     if out is not None:
         _raw_out(list(inputs), coefficients, noise_seeds, noise_stream, list(out))
-        torch.autograd.graph.increment_version(out)
+        increment_version(out)
         return tuple(out)
     if registration.differentiating((*inputs, coefficients)):
         return _differentiable()(coefficients, noise_seeds, noise_stream, tuple(dtypes), *inputs)

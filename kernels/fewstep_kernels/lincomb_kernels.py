@@ -205,7 +205,7 @@ def direct(
         return None
     if coefficients.get_device() != device or not coefficients.data_ptr() or (tracked and coefficients.requires_grad):
         return None
-    dense, row_major = _layout(shape, strides)
+    dense, row_major = (True, True) if first.is_contiguous() else _layout(shape, strides)
     if not dense or (seeds is not None and not (row_major and _plain_seeds(seeds, stream, batch, device))):
         return None
     if out is None:

@@ -33,6 +33,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "normalise_tangent": [_pointer],
 }
 _HERE = contextlib.nullcontext()
+_threads = torch.get_num_threads
 _ON_CUDA = ("lincomb", "normal", "uniform", "ema_update", "multi_tensor_l2norm", "adamw_ema_step")
 
 
@@ -94,7 +95,7 @@ def run(name: str, tensor: Tensor, *arguments: object) -> int:
         # Not yet run on a GPU: compiled and tested for its host side only.
         with on_device_of(tensor):
             return cuda().functions[name](*arguments, torch._C._cuda_getCurrentRawStream(tensor.get_device()))
-    return cpu().functions[name](*arguments, torch.get_num_threads())
+    return cpu().functions[name](*arguments, _threads())
 
 
 def check(name: str, tensor: Tensor, code: int) -> None:
