@@ -48,7 +48,7 @@ def statistics_shape(form: Form, x: Tensor) -> tuple[int, int]:
     return (x.shape[0], form.groups) if form.groups else (x.shape[0], x.numel() // max(1, x.shape[0] * x.shape[-1]))
 
 
-def _run(operator, x, weight, bias, scale, shift, input_shift, groups, eps, silu):
+def run(operator, x, weight, bias, scale, shift, input_shift, groups, eps, silu):
     form, given = Form(operator, groups, eps, silu), Parameters(weight, bias, scale, shift, input_shift)
     x = _dense(form, x)
     mean = x.new_empty(statistics_shape(form, x), dtype=torch.float32)
@@ -63,7 +63,7 @@ def _run_fake(operator, x, weight, bias, scale, shift, input_shift, groups, eps,
     return _like(x), mean, torch.empty_like(mean)
 
 
-def _run_backward(operator, gradient, x, mean, rstd, weight, bias, scale, shift, input_shift, groups, eps, silu):
+def run_backward(operator, gradient, x, mean, rstd, weight, bias, scale, shift, input_shift, groups, eps, silu):
     form, given = Form(operator, groups, eps, silu), Parameters(weight, bias, scale, shift, input_shift)
     x = _dense(form, x)
     dx, da, db = _run_backward_fake(
@@ -97,13 +97,13 @@ raw: dict[str, Any] = {}
 for _name in OPERATORS:
     raw[_name] = registration.define(
         f"_{_name}(Tensor x, {_PARAMETERS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-        functools.partial(_run, _name),
+        functools.partial(run, _name),
         functools.partial(_run_fake, _name),
     )
     raw[_name + "_backward"] = registration.define(
         f"_{_name}_backward(Tensor gradient, Tensor x, Tensor mean, Tensor rstd, {_PARAMETERS}, {_OPTIONS}) "
         "-> (Tensor, Tensor, Tensor)",
-        functools.partial(_run_backward, _name),
+        functools.partial(run_backward, _name),
         functools.partial(_run_backward_fake, _name),
     )
     raw[_name + "_tangent"] = registration.define(

@@ -272,4 +272,6 @@ def test_small_tensors_on_a_cpu_go_to_plain_torch_and_large_ones_do_not():
     form, none = normalisation.Form("group_norm_silu", 2, 1e-5, True), normalisation.Parameters()
     assert WORTHWHILE(form, large, none) and not WORTHWHILE(form, large[:, :, :4, :4], none)
     modulated = none._replace(scale=torch.zeros(2, 16))
-    assert WORTHWHILE(form, large[:, :, :64], modulated) and not WORTHWHILE(form, large[:, :, :64], none)
+    assert WORTHWHILE(form, large[:, :, :8], modulated) and not WORTHWHILE(form, large[:, :, :8], none)
+    learning = large[:, :, :64].requires_grad_()
+    assert WORTHWHILE(form, learning, modulated) and not WORTHWHILE(form, learning, none)
