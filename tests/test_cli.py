@@ -128,6 +128,18 @@ def test_samples_of_all_classes_land_in_one_picture(capsys, student_folder, tmp_
         assert picture.width >= 8 and picture.height >= 8
 
 
+def test_a_sample_is_guided_by_another_artefact_or_away_from_a_class(capsys, teacher_folder, tmp_path):
+    command = ["sample", str(teacher_folder), "--steps", "2", "--count", "2", "--out", str(tmp_path / "a.png")]
+    weak = ["--guidance", "{name: autoguidance, scale: 2}", "--other", f"weak={teacher_folder}"]
+    assert main([*command, *weak]) == 0
+    assert main([*command, "--guidance", "{name: perp_neg, scale: 2}", "--negative", "3"]) == 0
+    capsys.readouterr()
+    assert main([*command, *weak[:2]]) == 2
+    assert "give --other weak=FOLDER" in capsys.readouterr().err
+    assert main([*command, *weak[2:]]) == 2
+    assert "this guidance asks no other network" in capsys.readouterr().err
+
+
 def test_a_large_count_is_drawn_in_batches_and_refused_only_where_it_cannot_be_kept(capsys, student_folder, tmp_path):
     """The batch changes no picture, and the sheet of 300 is that of one call."""
     command = ["sample", str(student_folder), "--steps", "1", "--count", "300", "--out"]

@@ -173,6 +173,21 @@ def _parser() -> Parser:
         "(default: what the artefact records)",
     )
     sample.add_argument(
+        "--other",
+        action="append",
+        default=[],
+        metavar="ROLE=FOLDER",
+        help="an artefact that a form of guidance asks besides: --other weak=FOLDER for autoguidance",
+    )
+    sample.add_argument(
+        "--negative",
+        action="append",
+        default=[],
+        type=whole(0),
+        metavar="CLASS",
+        help="a class to steer away from, in guidance of form perp_neg; repeat it for several",
+    )
+    sample.add_argument(
         "--grid",
         metavar="NAME|FILE",
         help="of a teacher: a time grid by name (see `fewstep solvers`) or what `fewstep search-grid` wrote "

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fewstep.errors import UserError, choose
 
@@ -83,7 +84,7 @@ def sample(arguments: argparse.Namespace) -> None:
         "grid": _grid(arguments.grid),
         "solver": arguments.solver,
     }
-    student.plan(**options)
+    others = _others(arguments, student.plan(**options).roles)
     sheet = images.Sheet(count, student.image_shape) if one_picture else None
     folder = None if one_picture else images.Folder(out, count)
     if one_picture:
@@ -96,7 +97,9 @@ def sample(arguments: argparse.Namespace) -> None:
             condition = arguments.label
             if condition is None and student.classes is not None:
                 condition = [number % student.classes for number in numbers]
-            drawn = student.sample(len(seeds), cond=condition, seeds=seeds, **options)
+            drawn = student.sample(
+                len(seeds), cond=condition, seeds=seeds, others=others, negatives=arguments.negative, **options
+            )
             if sheet is not None:
                 sheet.add(drawn)
             if folder is not None:
@@ -105,6 +108,22 @@ def sample(arguments: argparse.Namespace) -> None:
     if sheet is not None:
         images.save(sheet.picture, out)
     print(f"wrote {out}" if one_picture else f"wrote {count} pictures to {out}, each named by its seed")
+
+
+def _others(arguments: argparse.Namespace, wanted: Sequence[str]) -> dict[str, Any]:
+    """The artefacts of `--other`, for the roles that the guidance asks."""
+    import fewstep
+
+    asked = f"asks for {' and '.join(map(repr, wanted))}" if wanted else "asks no other network"
+    paths = {}
+    for item in arguments.other:
+        role, _, paths[role] = item.partition("=")
+        if role not in wanted or not paths[role]:
+            raise UserError(f"--other {item!r} is not ROLE=FOLDER of a role that is asked; this guidance {asked}.")
+    for role in wanted:
+        if role not in paths:
+            raise UserError(f"this guidance asks a network in the role {role!r}; give --other {role}=FOLDER.")
+    return {role: fewstep.load(path, arguments.device) for role, path in paths.items()}
 
 
 def _grid(given: str | None) -> str | dict[str, str] | None:

@@ -159,6 +159,22 @@ def test_a_teacher_samples_on_other_times_by_other_solvers_and_in_other_forms(te
         teacher.plan(8, grid=[80.0, 1.0, 0.0])
 
 
+def test_a_teacher_is_guided_by_another_artefact_and_away_from_classes(teacher, teacher_folder):
+    form = {"name": "autoguidance", "scale": 2.0}
+    weak = load(teacher_folder)
+    with torch.no_grad():
+        for parameter in weak.denoiser.parameters():
+            parameter.mul_(0.9)
+    plain, guided = teacher.sample(2, 3, 8, 0), teacher.sample(2, 3, 8, 0, guidance=form, others={"weak": weak})
+    assert (guided - plain).abs().max() > 1e-3
+    itself = teacher.sample(2, 3, 8, 0, guidance=form, others={"weak": teacher})
+    torch.testing.assert_close(itself, plain, rtol=0, atol=1e-4)  # 2 D - D, in float32
+    away = teacher.sample(2, 3, 8, 0, guidance={"name": "perp_neg", "scale": 2.0}, negatives=[[5, 6]])
+    assert (away - teacher.sample(2, 3, 8, 0, guidance=2.0)).abs().max() > 1e-3
+    with pytest.raises(UserError, match="role 'weak'"):
+        teacher.sample(2, 3, 8, 0, guidance=form)
+
+
 def test_a_student_keeps_its_solver_steps_and_guidance_but_may_be_asked_at_other_times(student):
     laid = student.plan(4, grid="uniform")
     assert laid.solver == student.plan(4).solver and laid.times != student.plan(4).times

@@ -14,7 +14,6 @@ from fewstep import artefact as artefacts
 from fewstep import solvers
 from fewstep.artefact import Artefact
 from fewstep.errors import UserError
-from fewstep.runtime.sampler import Sampler
 from fewstep.solvers import Plan
 from fewstep.solvers.grids import Grid
 
@@ -155,6 +154,8 @@ class Student:
         guidance: float | Mapping[str, Any] | None = None,
         grid: Grid | None = None,
         solver: str | None = None,
+        others: Mapping[str, Any] | None = None,
+        negatives: Sequence[int | Sequence[int] | Tensor] = (),
     ) -> Tensor:
         """Draw images [B, C, H, W], about [-1, 1], on the artefact's device.
 
@@ -162,6 +163,8 @@ class Student:
         cond: a class, one for each image, or None for no condition.
         seeds: int64 [B]; one int means seed, seed + 1, ...; None draws them from torch's generator.
         steps, guidance, grid, solver: see `plan`.
+        others: what forms of guidance ask besides (autoguidance a "weak" one), by role: artefacts or networks.
+        negatives: for "perp_neg", classes as in cond.
         """
         plan = self.plan(steps, guidance, grid, solver)
         batch, noise = self._start(n_or_noise, seeds, plan)
@@ -172,7 +175,12 @@ class Student:
         with torch.no_grad():
             start = self.noise(chosen) if noise is None else noise
             stage_seeds = chosen if start.ndim == len(self.image_shape) + 1 else None
-            return Sampler(self.denoiser, plan)(start, condition, stage_seeds)
+            given = (others or {}).items()
+            networks = {role: other.denoiser if isinstance(other, Student) else other for role, other in given}
+            away = [self._condition(one, batch) for one in negatives]
+            return solvers.sample(
+                self.denoiser, plan, start, condition, seeds=stage_seeds, others=networks, negatives=away
+            )
 
     def _start(self, n_or_noise: int | Tensor | None, seeds: Any, plan: Plan) -> tuple[int, Tensor | None]:
         if isinstance(n_or_noise, Tensor):
