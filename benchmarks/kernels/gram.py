@@ -23,7 +23,7 @@ def check(name: str, found: list[torch.Tensor], truth: list[torch.Tensor]) -> No
             raise SystemExit(f"{name} is wrong by {error} of the largest value: no times are printed.")
 
 
-def case(name, candidates, truth, floor, moved, ratio, rounds) -> dict:
+def case(name, candidates, truth, floor, moved, ratio, rounds, launches=1) -> dict:
     for given, call in candidates.items():
         check(given, list(call()), truth)
     with torch.inference_mode():
@@ -34,6 +34,7 @@ def case(name, candidates, truth, floor, moved, ratio, rounds) -> dict:
         "shape": SHAPE,
         "moved_bytes": moved,
         "read_to_write": ratio,
+        "launches": launches,
         "results": summary(seconds, ours, floor[0], moved),
     }
 
@@ -93,7 +94,8 @@ def guidance(rounds: int) -> list[dict]:
         }
         truth = [eager(cond.double(), uncond.double())]
         floor = ("copy of the same bytes", copy_of(4 * size, size))
-        cases.append(case(f"{name}: two passes over two tensors", candidates, truth, floor, 5 * size, "4:1", rounds))
+        title = f"{name}: two passes over two tensors"
+        cases.append(case(title, candidates, truth, floor, 5 * size, "4:1", rounds, launches=2))
     return cases
 
 

@@ -78,6 +78,19 @@ def summary(seconds: dict[str, list[float]], ours: str, floor: str, moved_bytes:
     return rows
 
 
+def asked(results: dict[str, dict[str, float]], **least: float) -> list[dict]:
+    """What a case must reach: a candidate's time over ours (the first result), at least. least: by the start of the
+    candidate's name, with _ for a space."""
+    found = []
+    for start, factor in least.items():
+        for name, row in [*results.items()][1:]:
+            if name.startswith(start.replace("_", " ")):
+                taken = row["times_ours"]
+                entry = {"what": f"time of {name} over ours", "asked": f">= {factor:g}", "found": taken}
+                found.append(entry | {"met": taken >= factor})
+    return found
+
+
 def working_set(case: dict) -> int:
     """Bytes of all tensors a case touches: what the script says, else what it moves, where nothing moves twice."""
     return case.get("working_set_bytes", case["moved_bytes"])
@@ -101,7 +114,11 @@ def publish(name: str, cases: list[dict], device: str = "cpu", folder: Path = RE
         print(f"\n{described(case)}")
         for row, values in case["results"].items():
             columns = "".join(f"{key.replace('_', ' ')} {value!s:<10}" for key, value in values.items())
-            print(f"  {row:28}{columns}")
+            print(f"  {row:36}{columns}")
+        for target in case.get("targets", ()) if device == "cpu" else ():
+            print(
+                f"  {target['what']}: asked {target['asked']}, {target['found']} {'met' if target['met'] else 'MISSED'}"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "benchmark": name,
