@@ -1,4 +1,8 @@
+import contextlib
 import copy
+import json
+import math
+import random
 import re
 
 import pytest
@@ -6,6 +10,7 @@ import pytest
 from fewstep.errors import UserError
 from fewstep.evaluate import samplers
 from fewstep.evaluate.report import write_report
+from fewstep.evaluate.results import read_results
 
 
 def metrics(frechet, **more):
@@ -234,6 +239,32 @@ def test_a_page_is_drawn_whatever_is_missing(tmp_path, missing):
         {} if missing == "all" else {key: value for key, value in copy.deepcopy(RESULTS).items() if key != missing}
     )
     assert "</html>" in write_report(results, tmp_path / "report.html").read_text()
+
+
+def changed(results, rng):
+    """The results with one value, anywhere, replaced or left out."""
+    place = results = copy.deepcopy(results)
+    while True:
+        key = rng.choice([*place] if isinstance(place, dict) else range(len(place)))
+        if isinstance(place[key], dict | list) and place[key] and rng.random() < 0.8:
+            place = place[key]
+            continue
+        place[key] = rng.choice([None, "x", -1, 0, 1e300, True, [], {}, [1], {"a": 1}, math.nan, math.inf])
+        if rng.random() < 0.2:
+            del place[key]
+        return results
+
+
+def test_what_the_reader_lets_through_can_be_drawn(tmp_path):
+    """A changed file is refused by its reader or drawn: there is nothing between."""
+    rng, file, drawn = random.Random(0), tmp_path / "results.json", 0
+    for _ in range(100):
+        file.write_text(json.dumps(changed(RESULTS, rng)))
+        with contextlib.suppress(UserError):
+            results = read_results(file)
+            assert "</html>" in write_report(results, tmp_path / "report.html").read_text()
+            drawn += 1
+    assert 15 < drawn < 85
 
 
 def test_an_unwritable_place_is_one_sentence(tmp_path):

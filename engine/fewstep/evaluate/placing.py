@@ -110,14 +110,12 @@ class Room:
 
         A spot nearer to what belongs to others than to the words' own counts as if it covered two letters.
         """
-
-        def cost(box: Box) -> float:
-            stray = others and _distance(box, others) < _distance(box, own)
-            return round(self._covered(box) + (_STRAY if stray else 0.0), 3)
-
         best, least = spots[0], math.inf
         for spot in spots:
-            price = cost(_extent(words, spot))
+            box = _extent(words, spot)
+            price = self._covered(box)
+            if price < least and others and _distance(box, others) < _distance(box, own):
+                price += _STRAY
             if price < least:
                 best, least = spot, price
             if not least:

@@ -42,6 +42,7 @@ def lines(
 ) -> str:
     """Curves with their names; `floor` is a level to mark with its words. Values not finite are left out."""
     kept = [_drawable(each, log_x, log_y) for each in series]
+    floor = None if floor and log_y and floor[0] <= 0 else floor
     everything = [point for each in kept for point in each.points]
     if not everything:
         return '<p class="note">No finite value to draw.</p>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
@@ -38,7 +39,7 @@ def _head(results: Mapping[str, Any]) -> str:
     sentence = f"With {calls} the {text(student)} scores a Fréchet distance of {frechet:.2f}"
     tiles = [(f"{frechet:.2f}", f"Fréchet distance of the {student} at {samplers.calls(best.evaluations)}")]
     rival = samplers.reference(results, best.guidance)
-    if rival:
+    if rival and rival.metrics["frechet"] > 0:
         sentence += f"; its teacher at {rival.evaluations} evaluations is at {rival.metrics['frechet']:.2f}"
         words = f"the distance of the {samplers.at(rival.name, rival.evaluations)} ({rival.metrics['frechet']:.2f})"
         tiles.append((f"{frechet / rival.metrics['frechet']:.2f}×", words))
@@ -81,7 +82,8 @@ def _speed(results: Mapping[str, Any], best: samplers.Scored) -> tuple[str, str]
 
 def _is_reference(row: Mapping[str, Any], guidance: float, batch: int) -> bool:
     wanted = (samplers.TEACHER, samplers.REFERENCE_EVALUATIONS, guidance, batch)
-    return (row["model"], row["evaluations"], row.get("guidance") or 1.0, row["batch"]) == wanted
+    scale = 1.0 if row.get("guidance") is None else row["guidance"]
+    return (row["model"], row["evaluations"], scale, row["batch"]) == wanted
 
 
 def _samples(results: Mapping[str, Any]) -> str:
@@ -195,7 +197,7 @@ def _losses(results: Mapping[str, Any]) -> str:
             colour = own if trained else samplers.NEUTRAL
             label = "" if len(networks) == 1 else title if trained else samplers.name(network)
             series.append(plots.Series(label, _thinned(points), colour, dashed=not trained))
-        positive = all(y > 0 for each in series for _, y in each.points)
+        positive = all(y > 0 for each in series for _, y in each.points if math.isfinite(y))
         plot = plots.lines(series, x="update", y="loss", log_y=positive, marks=False)
         cards.append(f"<div class='card'><h3>{keyed(title[:1].upper() + title[1:], own)}</h3>{plot}</div>")
     return f"<h2>Training losses</h2><div class='trio'>{''.join(cards)}</div>" if cards else ""
@@ -217,7 +219,7 @@ def _latency(results: Mapping[str, Any]) -> str:
     for batch in sorted({row["batch"] for row in rows}):
         groups: dict[str, list[plots.Bar]] = {}
         for row in sorted((row for row in rows if row["batch"] == batch), key=lambda row: -row["evaluations"]):
-            name = samplers.name(samplers.benchmarked(results, row), row.get("guidance"))
+            name = samplers.row_name(results, row)
             bar = plots.Bar(samplers.at(name, row["evaluations"]), row["p50_ms"], row["p90_ms"], colours[name])
             groups.setdefault(row["runner"], []).append(bar)
         drawn = [

@@ -24,7 +24,7 @@ def latencies(results: Mapping[str, Any], runners: Mapping[str, str]) -> str:
         note = f"<p class='note'>Speed-up: over the {text(teacher)} in {text(runner)}, at the same batch.</p>"
     body = []
     for row in rows:
-        name = samplers.name(samplers.benchmarked(results, row), row.get("guidance"))
+        name = samplers.row_name(results, row)
         times = [f"{row[key]:.3g}" for key in ("p50_ms", "p90_ms", "p99_ms")]
         cells = [keyed(name, colours[name]), row["evaluations"], text(runners.get(row["runner"], row["runner"]))]
         cells += [row["batch"], *times, f"{row['images_per_second']:,.0f}"]
@@ -122,8 +122,9 @@ def copying(results: Mapping[str, Any]) -> str:
 
 def measured(results: Mapping[str, Any]) -> str:
     machine = dict(results.get("machine") or {})
-    if "memory_gib" in machine:
-        machine["memory"] = f"{machine.pop('memory_gib'):g} GiB"
+    memory = machine.pop("memory_gib", None)
+    if memory is not None:
+        machine["memory"] = f"{memory:g} GiB"
     lists = {
         "How it was measured": _facts(results),
         "Machine": {key.replace("_", " "): value for key, value in machine.items()},

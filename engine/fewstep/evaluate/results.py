@@ -20,6 +20,10 @@ Whole = Annotated[int, Field(ge=0)]
 Evaluations = Annotated[str, Field(pattern=r"^[1-9]\d*$")]
 Guidance = Annotated[str, Field(pattern=r"^-?\d+(\.\d+)?$")]
 Interval = tuple[FiniteFloat, FiniteFloat]
+Above0 = Annotated[FiniteFloat, Field(gt=0)]
+_SAMPLER = r"[^/@]+(@-?\d+(\.\d+)?)?/\d+"  # fewstep.evaluate.suite.Name
+SamplerName = Annotated[str, Field(pattern=f"^{_SAMPLER}$")]
+SheetName = Annotated[str, Field(pattern=f"^({_SAMPLER}|[^/@]+)$")]
 _WHOSE = "give the results.json of `fewstep demo` or the file of `fewstep evaluate`"
 
 
@@ -65,8 +69,8 @@ class Metrics(Floor):
 class Comparison(_Part):
     """Two Frechet distances with paired bootstrap intervals, and the bound on their ratio where one was set."""
 
-    name_a: str = Field(pattern=r"^[^/@]+(@\d+(\.\d+)?)?/\d+$")
-    name_b: str = Field(pattern=r"^[^/@]+(@\d+(\.\d+)?)?/\d+$")
+    name_a: SamplerName
+    name_b: SamplerName
     a: FiniteFloat
     b: FiniteFloat
     difference: FiniteFloat
@@ -87,10 +91,10 @@ class Row(_Part):
     method: str | None = None
     runner: str
     batch: Whole
-    p50_ms: FiniteFloat
-    p90_ms: FiniteFloat
-    p99_ms: FiniteFloat
-    images_per_second: FiniteFloat
+    p50_ms: Above0
+    p90_ms: Above0
+    p99_ms: Above0
+    images_per_second: Above0
     speedup_over_eager_teacher: FiniteFloat | None = None
 
 
@@ -102,6 +106,12 @@ class Skipped(_Part):
 class Latency(_Part):
     rows: list[Row] = []
     skipped: list[Skipped] = []
+
+
+class Machine(_Part):
+    processor: str | None = None
+    cores: Whole | None = None
+    memory_gib: FiniteFloat | None = None
 
 
 class Data(_Part):
@@ -121,7 +131,7 @@ class Measured(_Part):
     confidence: FiniteFloat
     neighbours: Whole
     most_folds: Whole
-    reference: str | None = Field(None, pattern=r"^[^/@]+(@\d+(\.\d+)?)?/\d+$")
+    reference: SamplerName | None = None
 
 
 class Onnx(_Part):
@@ -146,7 +156,7 @@ class Results(_Part):
     """All parts. Names are families such as teacher or dmd2; evaluations and guidance scales are keys, in decimal."""
 
     format: Literal[1]
-    machine: dict[str, str | int | float | bool | None] = {}
+    machine: Machine | None = None
     versions: dict[str, str | None] = {}
     seconds: dict[str, float] = {}  # by station
     data: Data | None = None
@@ -156,7 +166,9 @@ class Results(_Part):
     students: dict[str, dict[Evaluations, Metrics]] = {}
     comparisons: list[Comparison] = []
     copying_control: Copying | None = None  # the copying check on a replayed training set, which must fail it
-    samples: dict[str, str] = {}  # sampler or "held out" -> PNG sheet in base64, one pixel for each of the images'
+    samples: dict[
+        SheetName, str
+    ] = {}  # sampler or "held out" -> PNG sheet in base64, one pixel for each of the images'
     losses: dict[str, dict[str, list[tuple[float, float]]]] = {}  # run -> network -> (update, loss)
     latency: Latency | None = None
     export: Export | None = None

@@ -89,16 +89,22 @@ def benchmarked(results: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     return str((results.get("export") or {}).get("student") or row.get("method") or row["model"])
 
 
+def row_name(results: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """The `name` of what a row of latencies measured; a student's guidance is inside."""
+    family = benchmarked(results, row)
+    return name(family, row.get("guidance") if family == TEACHER else None)
+
+
 def colours(results: Mapping[str, Any]) -> dict[str, str]:
     """The colour of each sampler by its `name`, the same on the whole page."""
     families = [*dict.fromkeys([*(results.get("students") or {}), *(results.get("losses") or {})])]
     latency = (results.get("latency") or {}).get("rows") or []
+    teachers = [row for row in latency if row["model"] == TEACHER]
     families += [benchmarked(results, row) for row in latency]
     students = [family for family in dict.fromkeys(families) if family != TEACHER]
     found = {name(TEACHER): _TEACHER_COLOUR}
-    scales = [float(guidance) for guidance in results.get("teacher") or {}]
-    scales += [row.get("guidance") or 1.0 for row in latency if row["model"] == TEACHER]
-    found |= {name(TEACHER, scale): _GUIDED_COLOUR for scale in scales if scale != 1.0}
+    scales = [*map(float, results.get("teacher") or {}), *(row.get("guidance") for row in teachers)]
+    found |= {name(TEACHER, scale): _GUIDED_COLOUR for scale in scales if scale not in (None, 1.0)}
     return found | {
         name(family): _STUDENT_COLOURS[number % len(_STUDENT_COLOURS)] for number, family in enumerate(students)
     }

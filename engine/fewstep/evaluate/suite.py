@@ -44,7 +44,7 @@ class Name:
 
     @staticmethod
     def parse(text: str) -> Name:
-        match = re.fullmatch(r"([^/@]+)(?:@(\d+(?:\.\d+)?))?/(\d+)", text)
+        match = re.fullmatch(r"([^/@]+)(?:@(-?\d+(?:\.\d+)?))?/(\d+)", text)
         if not match:
             raise UserError(f"the sampler name {text!r} is not family[@guidance]/evaluations; write 'teacher@1.5/32'.")
         return Name(match[1], float(match[2] or 1), int(match[3]))
