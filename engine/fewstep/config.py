@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,8 +24,9 @@ from fewstep.methods import OptimizerConfig
 from fewstep.nets.lora import Lora
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Count = Annotated[int, Field(ge=1)]
-Every = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=10**12)]
+Every = Annotated[int, Field(ge=0, le=10**12)]
+LARGEST_SEED = 2**32 - 1  # numbers derived from it, as seed * 2^24 + sample, stay whole in 64 bits
 
 
 class _Section(BaseModel):
@@ -38,8 +41,8 @@ class DataConfig(_Section):
 
     source: str = "digits"
     loader: Literal["torch", "dali"] = "torch"
-    batch_size: Count = 256
-    workers: Annotated[int, Field(ge=0)] = 0
+    batch_size: Annotated[int, Field(ge=1, le=2**20)] = 256
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
 
 
 class EmaConfig(_Section):
@@ -62,7 +65,7 @@ class TrainConfig(_Section):
     non_finite: Literal["raise", "skip"] = "raise"
     ema: EmaConfig | None = EmaConfig()
     strategy: Literal["single", "ddp", "deepspeed"] = "single"
-    ranks: Count = 1
+    ranks: Annotated[int, Field(ge=1, le=1024)] = 1
     zero_stage: Literal[1, 2, 3] = 2
     deepspeed: dict[str, Any] = {}
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -79,7 +82,7 @@ class Recipe(_Section):
     """
 
     name: Annotated[str, Field(min_length=1)]
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
     teacher: str | None = None
     network: dict[str, Any] | None = None
     schedule: dict[str, Any] | None = None
@@ -143,11 +146,12 @@ def from_dict(content: Mapping[str, Any]) -> Recipe:
     """The validated recipe of plain values."""
     recipe = _validated(Recipe, content, "")
     method = recipe.method_config()
+    methods.check(methods.get(recipe.method["name"])(method))
     if recipe.network is not None:
         network = dict(recipe.network)
         if network.get("name") not in nets.names():
             raise choose("network.name", network.get("name"), nets.names())
-        _checked("network", nets.build, network)
+        _checked("network", _tried, network)
         _checked("schedule", schedules.get, **_named("schedule", recipe.schedule, schedules.names()))
         _checked("prediction", predictions.from_dict, recipe.prediction)
     stored = method.model_dump(mode="json")
@@ -233,14 +237,25 @@ def _method_config(section: Mapping[str, Any]) -> methods.MethodConfig:
     return _validated(methods.get(name).Config, options, "method")
 
 
+def _tried(network: Mapping[str, Any]) -> None:
+    """Build a network without making its weights."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of layers without weights
+        built = nets.build(network)
+    empty = [name for name, parameter in built.named_parameters() if parameter.numel() == 0]
+    if empty:
+        raise ValueError(f"its {empty[0]} would be empty")
+
+
 def _checked(key: str, build: Any, *given: Any, **options: Any) -> None:
     """Try to build a section; its error is told with the section's key."""
     try:
         build(*given, **options)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{key}: {dict(given[0]) if given else options} is not accepted ({error}).") from None
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UserError(f"{key}: {dict(given[0]) if given else options} is not accepted ({reason}).") from None
 
 
 def _validated(model: type[Any], content: Mapping[str, Any], prefix: str) -> Any:

@@ -83,6 +83,16 @@ def test_overrides_reach_any_depth_and_are_yaml(tmp_path):
         ("train.ranks=2", ["train.ranks 2", "ddp or deepspeed"]),
         ("network.name=mlp", ["network", "teacher"]),
         ("train.accumulate=3", ["data.batch_size 64", "not divisible", "3"]),
+        ("train.optimizer.lr=-1", ["train.optimizer.lr is -1", "at least 0"]),
+        ("train.optimizer.lr=.nan", ["train.optimizer.lr is nan", "finite"]),
+        ("train.optimizer.betas=[0.9, 1]", ["train.optimizer.betas.1 is 1", "less than 1"]),
+        ("train.optimizer.eps=0", ["train.optimizer.eps is 0", "greater than 0"]),
+        ("method.guidance=.inf", ["method.guidance is inf", "finite"]),
+        ("seed=99999999999999999999", ["seed", "at most 4294967295"]),
+        ("data.batch_size=100000000", ["data.batch_size", "at most 1048576"]),
+        ("method={name: dmd2, steps: [2, 0]}", ["method.steps.1 is 0", "at least 1"]),
+        ("method={name: dmd2, times: {low: 0.5, high: 0.2}}", ["method.times", "low 0.5 is not below high 0.2"]),
+        ("method={name: dmd2, times: {std: -1}}", ["method.times.std is -1", "greater than 0"]),
     ],
 )
 def test_each_mistake_is_named_with_its_key_value_and_choices(tmp_path, override, parts):
@@ -128,6 +138,9 @@ def test_neither_teacher_nor_network(tmp_path):
     [
         ({"network": {"name": "mpl"}}, ["network.name", "did you mean 'mlp'"]),
         ({"network": {"name": "mlp", "dim": 64, "witdh": 3}}, ["network", "did you mean 'width'"]),
+        ({"network": {"name": "mlp", "dim": 64, "width": -3}}, ["network", "negative dimension -3"]),
+        ({"network": {"name": "mlp", "dim": 64, "width": 0}}, ["network", "would be empty"]),
+        ({"network": {"name": "mlp", "dim": "wide"}}, ["network", "wide"]),
         ({"schedule": {"name": "edmm"}}, ["schedule.name", "did you mean 'edm'"]),
         ({"schedule": {"name": "edm", "t_mx": 3}}, ["schedule", "t_mx"]),
         ({"prediction": {"kind": "epss"}}, ["prediction", "epss"]),

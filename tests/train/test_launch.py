@@ -105,6 +105,16 @@ def test_processes_that_do_not_fit_the_recipe_are_refused(tmp_path, monkeypatch,
 
 @pytest.mark.slow
 @needs_deepspeed
+@pytest.mark.parametrize("options", ["{zero_optimization: 3}", "{zero_optimization: {reduce_bucket_size: -5}}"])
+def test_options_that_deepspeed_refuses_are_one_sentence(tmp_path, options):
+    words = [recipe(tmp_path, strategy="deepspeed"), f"train.deepspeed={options}"]
+    done = subprocess.run(command(*words), env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("fewstep: DeepSpeed does not take train.deepspeed")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@needs_deepspeed
 def test_one_rank_of_deepspeed_needs_no_launcher(tmp_path):
     done = subprocess.run(
         command(recipe(tmp_path, strategy="deepspeed", zero_stage=2)),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep import artefact, methods, solvers
+from fewstep import artefact, config, methods, solvers
 from fewstep.errors import UserError
 from fewstep.methods import Average, Method, NetworkSpec, OptimizerConfig, Pairs, TrainingStage, Update
 from fewstep.nets.mlp import MLP
@@ -146,6 +146,56 @@ def test_an_option_called_steps_means_nothing_to_the_trainer(tmp_path):
 
     trainer(tmp_path, Stepping, updates=1).run()
     assert sorted(artefact.load(tmp_path).plans) == [1, 3]
+
+
+DESCRIBED = {
+    "teacher": None,
+    "network": {"name": "unet", "channels": 1, "image_size": 8, "widths": [8, 8], "embedding": 8, "classes": 10},
+    "schedule": {"name": "edm"},
+    "prediction": {"kind": "edm", "sigma_data": 0.5},
+    "method": {"name": "denoising"},
+}
+
+
+def described(folder, **network):
+    content = {**small.recipe(folder, updates=1).to_dict(), **DESCRIBED, "adapters": {}}
+    return config.from_dict({**content, "network": {**content["network"], **network}})
+
+
+@pytest.mark.parametrize(
+    ("network", "sentence"),
+    [
+        ({"classes": 5}, "the network knows 5 classes and the data has 10"),
+        ({"channels": 3}, "network.channels is 3 and the data has images of 1 x 8 x 8; set it to 1"),
+        ({"image_size": 16}, "network.image_size is 16 and the data has images of 1 x 8 x 8; set it to 8"),
+    ],
+)
+def test_a_network_that_does_not_fit_the_data_is_refused_before_the_loop(tmp_path, network, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Trainer(described(tmp_path, **network), loader=small.Digits())
+
+
+def test_a_described_network_that_cannot_run_is_refused_before_the_loop(tmp_path):
+    content = described(tmp_path).to_dict()
+    perceptron = {"name": "mlp", "dim": 10, "width": 8, "classes": 10}
+    with pytest.raises(UserError, match="network: it cannot take images of 1 x 8 x 8"):
+        Trainer(config.from_dict({**content, "network": perceptron}), loader=small.Digits())
+
+
+def test_a_network_without_classes_is_trained_without_conditions(tmp_path):
+    run = Trainer(described(tmp_path, classes=None), loader=small.Digits())
+    run.run()
+    saved = artefact.load(tmp_path)
+    assert saved.classes is None and saved.denoiser.net.config["classes"] is None
+
+
+def test_a_teacher_of_other_images_is_refused(tmp_path, teacher_folder):
+    class Large(small.Digits):
+        image_shape = (1, 16, 16)
+
+    content = small.recipe(tmp_path).to_dict()
+    with pytest.raises(UserError, match="images of 1 x 16 x 16 and the teacher makes images of 1 x 8 x 8"):
+        Trainer(config.from_dict({**content, "teacher": str(teacher_folder)}), loader=Large())
 
 
 class Leaking(Toy):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from fewstep import solvers
@@ -30,23 +30,28 @@ if TYPE_CHECKING:
     from fewstep.solvers import Plan
 
 
-class MethodConfig(BaseModel):
-    """Base of every method's `Config`: unknown keys are refused, values never change."""
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+class MethodConfig(BaseModel):
+    """Base of every method's `Config`: unknown keys and infinite numbers are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class OptimizerConfig(BaseModel):
     """An optimiser by name; numbers are floats, since torch 2.13's Adam refuses betas (0, 0.9)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     name: Literal["adamw", "torch_adamw", "adam", "radam", "sgd"] = "adamw"
     """adamw moves the network's averages in the same pass; torch_adamw is torch's own, by the same formula."""
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: NotNegative = 1e-3
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class DMD2(Method):
     class Config(MethodConfig):
         """Options of DMD2."""
 
-        steps: tuple[int, ...] = (1, 2, 4)
+        steps: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4), min_length=1)
         """The numbers of evaluations the one student serves."""
         levels: dict[int, tuple[float, ...]] | None = None
         """Times at which a student of so many steps is asked; none: those of the grid."""

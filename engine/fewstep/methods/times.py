@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError
-from fewstep.methods.base import MethodConfig
+from fewstep.methods.base import Fraction, MethodConfig, Positive
 from fewstep.solvers import grids
 
 Grid = str | dict[str, Any]
@@ -26,14 +27,20 @@ class TimeLaw(MethodConfig):
     """log_normal: ln(sigma/alpha) normal; karras: uniform in (sigma/alpha)^(1/rho); uniform: uniform in t."""
     mean: float = -1.2
     """Mean of ln(sigma/alpha) (EDM, arXiv:2206.00364, table 1)."""
-    std: float = 1.2
+    std: Positive = 1.2
     """Standard deviation of ln(sigma/alpha)."""
-    rho: float = 7.0
+    rho: Positive = 7.0
     """Exponent of the karras law (arXiv:2206.00364, equation 5)."""
-    low: float = 0.0
+    low: Fraction = 0.0
     """Lowest quantile drawn."""
-    high: float = 1.0
+    high: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Highest quantile drawn; DMD2's student trains on 0.02 .. 0.98 of the levels."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> TimeLaw:
+        if self.low >= self.high:
+            raise UserError(f"low {self.low:g} is not below high {self.high:g}")
+        return self
 
     def __call__(self, schedule: Schedule, uniform: Tensor) -> Tensor:
         """Times [B] from uniform draws [B] in [0, 1)."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from fewstep import methods, nets
@@ -58,6 +59,55 @@ def make(
     for module in modules.values():
         module.to(strategy.device)
     return modules, averages
+
+
+def fit(module: nn.Module, loader: Any, teacher_shape: tuple[int, ...] | None) -> bool:
+    """Whether the network takes the data's conditions: one that knows no classes leaves them out.
+
+    Raises `UserError` where images or classes of the data are not those that the network, or the teacher's artefact,
+    is made for.
+    """
+    shape, classes = getattr(loader, "image_shape", None), getattr(loader, "classes", None)
+    if shape is None:
+        return True
+    if teacher_shape is not None and tuple(shape) != tuple(teacher_shape):
+        raise UserError(
+            f"the data has images of {_by(shape)} and the teacher makes images of {_by(teacher_shape)}; set "
+            "data.source to data like those it was trained on."
+        )
+    config = dict(getattr(getattr(module, "net", None), "config", {}))
+    for key, actual in (("channels", shape[0]), ("image_size", shape[-1])):
+        if config.get(key, actual) != actual:
+            raise UserError(
+                f"network.{key} is {config[key]} and the data has images of {_by(shape)}; set it to {actual}."
+            )
+    known = config.get("classes", classes)
+    if known is not None and classes is not None and known != classes:
+        raise UserError(
+            f"the network knows {known} classes and the data has {classes}; set network.classes to {classes} "
+            "(or null), or train on other data."
+        )
+    return known is not None
+
+
+def attempt(module: Any, shape: tuple[int, ...]) -> None:
+    """Ask a described network once, so that one that cannot run is refused before the loop. Raises `UserError`."""
+    time = module.schedule.t_max
+    device = next(module.parameters()).device
+    x = torch.zeros(2, *shape, device=device)
+    training = module.training
+    try:
+        with torch.no_grad():
+            module.eval()(x, torch.full((2,), float(time), device=device))
+    except (RuntimeError, ValueError, LookupError, ArithmeticError, TypeError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UserError(f"network: it cannot take images of {_by(shape)} ({reason}); mend its options.") from None
+    finally:
+        module.train(training)
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def place(

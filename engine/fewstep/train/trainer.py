@@ -84,7 +84,12 @@ class Trainer:
             self.provenance["teacher"] = {"path": recipe.teacher, "sha256": loaded.digest}
         self.modules, averages = networks.make(recipe, self.method, self.strategy, teacher)
         self.loader = loader if loader is not None else self._loader()
-        self.classes = self.classes or getattr(self.loader, "classes", None)
+        result = self.modules[self.method.result]
+        self._conditional = networks.fit(result, self.loader, self._teacher_shape)
+        if self._conditional:
+            self.classes = self.classes or getattr(self.loader, "classes", None)
+        if recipe.network is not None and isinstance(result, Denoiser):
+            networks.attempt(result, self.image_shape())
         self._sizes = networks.sizes(self.modules)
         if found is not None:
             resuming.restore_modules(self, found)
@@ -274,6 +279,8 @@ class Trainer:
 
     def _batch(self) -> Batch:
         batch = next(self.loader)
+        if not self._conditional:
+            batch = dataclasses.replace(batch, cond=None, null=None)
         if self.method.needs.data == "pairs" and self.pairs is not None:
             return self.pairs.batch(batch.index.to(self.strategy.device))
         return batch if batch.index.device == self.strategy.device else batch.to(self.strategy.device)

@@ -9,11 +9,12 @@ Measured with DeepSpeed 0.19.8 and held by tests/train/test_traps.py:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -261,17 +262,18 @@ class DeepSpeed(Ddp):
             for parameter in module.parameters():
                 dist.broadcast(parameter.data, 0)
         configuration = self._configuration(micro_batch, accumulate)
-        engine = ZeroEngine(
-            name,
-            networks,
-            optimizers,
-            clip,
-            warmup,
-            stage=self.stage,
-            configuration=configuration,
-            deepspeed=self.deepspeed,
-            frozen=self._engines,
-        )
+        with self._accepted():
+            engine = ZeroEngine(
+                name,
+                networks,
+                optimizers,
+                clip,
+                warmup,
+                stage=self.stage,
+                configuration=configuration,
+                deepspeed=self.deepspeed,
+                frozen=self._engines,
+            )
         self._owners.append(engine)
         return engine
 
@@ -284,9 +286,10 @@ class DeepSpeed(Ddp):
     def frozen(self, module: nn.Module) -> nn.Module:
         if self.stage < 3 or not any(True for _ in module.parameters()):
             return module
-        engine, *_ = self.deepspeed.initialize(
-            model=module, config={**self._configuration(1, 1), "gradient_clipping": 0.0}, dist_init_required=False
-        )
+        with self._accepted():
+            engine, *_ = self.deepspeed.initialize(
+                model=module, config={**self._configuration(1, 1), "gradient_clipping": 0.0}, dist_init_required=False
+            )
         self._engines[id(module)] = engine
         return module
 
@@ -333,12 +336,24 @@ class DeepSpeed(Ddp):
             for parameter in module.parameters():
                 safe_set_local_fp32_param(parameter, self.shards([parameter])[0])
 
+    @contextlib.contextmanager
+    def _accepted(self) -> Iterator[None]:
+        """What DeepSpeed says against the recipe's own options is told as a mistake in them."""
+        try:
+            yield
+        except (AssertionError, ValueError, TypeError, LookupError, AttributeError) as error:
+            if not self.options:
+                raise
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(f"DeepSpeed does not take train.deepspeed {self.options} ({reason}).") from None
+
     def _configuration(self, micro_batch: int, accumulate: int) -> dict[str, Any]:
         zero = {"stage": self.stage, "overlap_comm": self.device.type == "cuda"}
         if self.stage == 3:
             zero["stage3_param_persistence_threshold"] = 0
         options = dict(self.options)
-        zero.update(options.pop("zero_optimization", {}))
+        with self._accepted():
+            zero.update(options.pop("zero_optimization", {}))
         return {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulate,
