@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import pytest
 
+import fewstep
+import fewstep_kernels
 from fewstep import cli, config
 from fewstep.arguments import read
 from fewstep.errors import UserError
@@ -175,6 +177,20 @@ def test_commands_named_in_the_text_exist():
     for page in PAGES:
         named = set(re.findall(r"`fewstep ([a-z-]+)", page.read_text(encoding="utf-8")))
         assert named <= known, f"{page.name}: {named - known}"
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("kernels.md", fewstep_kernels.__all__),
+        ("methods.md", fewstep.methods.names()),
+        ("solvers.md", [*fewstep.solvers.names(), *fewstep.grids.names(), *fewstep.schedules.names()]),
+    ],
+)
+def test_nothing_public_is_left_out(page, names):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    missing = [name for name in names if not re.search(rf"\b{name}\b", text)]
+    assert not missing or page in LATER
 
 
 def test_the_numbers_of_the_kernels_page_are_those_of_the_records():
