@@ -108,7 +108,10 @@ def zero_star_weights(inputs: Sequence[Tensor], *, guidance: Scale) -> Tensor:
 
 
 def magnitude_weights(inputs: Sequence[Tensor], *, guidance: Scale, decay: float = 8.0) -> Tensor:
-    """Weights [B, 1, 2] of MAMBO-G: guidance of scale 1 + (w - 1) e^(-decay |cond - uncond| / |uncond|)."""
+    """Weights [B, 1, 2] of MAMBO-G (arXiv:2508.03442).
+
+    Guidance of scale 1 + (w - 1) e^(-decay |cond - uncond| / |uncond|).
+    """
     found = gram(inputs, [(1, -1), (0, 1)]).products
     size = torch.sqrt((found[:, 0, 0] / found[:, 1, 1].clamp(min=_TINY)).clamp(min=_TINY))
     scale = 1.0 + (guidance - 1.0) * torch.exp(-decay * size)

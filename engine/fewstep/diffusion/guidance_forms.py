@@ -282,7 +282,7 @@ class ZeroStar(GramGuidance):
 
 @dataclasses.dataclass(frozen=True)
 class Magnitude(GramGuidance):
-    """MAMBO-G: w shrinks to 1 + (w - 1) e^(-a |cond - uncond| / |uncond|), a = `decay`."""
+    """MAMBO-G (2508.03442): w shrinks to 1 + (w - 1) e^(-a |cond - uncond| / |uncond|), a = `decay`."""
 
     name = "mambo_g"
     decay: float = 8.0
