@@ -16,12 +16,22 @@ METRICS = {
     "diversity": 0.9,
     "accuracy": 0.97,
 }
+ROW = {
+    "model": "teacher",
+    "evaluations": 32,
+    "runner": "eager",
+    "batch": 1,
+    "p50_ms": 1.0,
+    "p90_ms": 1.0,
+    "p99_ms": 1.0,
+    "images_per_second": 1e3,
+}
 RESULTS = {
     "format": 1,
     "teacher": {"1": {"32": METRICS}},
     "comparisons": [],
     "losses": {"teacher": {"student": [[20, 0.5]]}},
-    "latency": {"rows": [], "skipped": []},
+    "latency": {"rows": [ROW], "skipped": []},
 }
 
 
@@ -79,6 +89,8 @@ def test_a_missing_file_and_a_folder(tmp_path):
         ("losses", {"teacher": {"student": [[1, 2, 3]]}}, "`losses.teacher.student.0` is [1, 2, 3]"),
         ("latency", {"rows": [{"model": "teacher"}]}, "`latency.rows.0.evaluations` is missing"),
         ("samples", {"teacher/1": 5}, "`samples.teacher/1` is 5"),
+        ("samples", {"teacher/few": "AAAA"}, "`samples.teacher/few`"),
+        ("latency", {"rows": [{**ROW, "p50_ms": 0.0}]}, "`latency.rows.0.p50_ms` is 0.0"),
         ("seconds", {"teacher": "long"}, "`seconds.teacher` is 'long'"),
     ],
 )
