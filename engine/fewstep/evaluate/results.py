@@ -259,4 +259,6 @@ def write_results(path: str | os.PathLike[str], content: Mapping[str, Any]) -> P
 
 
 def _unwritable(file: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {str(file)!r} ({error.strerror or error}); give a writable file with --out.")
+    beneath_a_file = isinstance(error, FileExistsError | NotADirectoryError)
+    reason = "a folder on its way is a file" if beneath_a_file else error.strerror or error
+    return UserError(f"cannot write {str(file)!r} ({reason}); give a writable file with --out.")
