@@ -24,7 +24,7 @@ def deis(
     *,
     order: int | None = None,
     coordinate: str = "t",
-    lower_order_final: bool = False,
+    lower_order_final: bool | int = False,
 ) -> list[Row]:
     """x' = (alpha'/alpha) x + alpha' int (polynomial through past eps) d rho, rho = sigma/alpha.
 

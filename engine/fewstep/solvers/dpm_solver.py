@@ -28,7 +28,7 @@ def _singlestep(
     form: str,
     variant: str,
     inner: str,
-    lower_order_final: bool,
+    lower_order_final: bool | int,
     ratio: float | None = None,
     strength: float = 0.0,
 ) -> list[Row]:
@@ -114,22 +114,31 @@ def _own_blocks(schedule: Schedule, times: Sequence[float], order: int, ratio: f
     return blocks
 
 
-def _grid_blocks(schedule: Schedule, times: Sequence[float], order: int, lower_order_final: bool) -> Blocks:
+def _grid_blocks(schedule: Schedule, times: Sequence[float], order: int, lower_order_final: bool | int) -> Blocks:
     """Consecutive times of the grid as inner nodes; what is left at the end, and a step to sigma = 0, has lower order.
 
-    `lower_order_final` ends on 3, 2, 1 or 2, 1, 1 also where whole blocks would fit (2206.00927, appendix D.3).
+    `lower_order_final` ends on 3, 2, 1 or 2, 1, 1 also where whole blocks would fit (2206.00927, appendix D.3);
+    2 does so where the last time counts twice (see multistep.orders).
     """
+    end, given = multistep.lowered(lower_order_final), len(times) - 1
     steps = len(times) - 1
+    if end == 2:
+        multistep.above_zero("singlestep", "lower_order_final=2", schedule, times)
+        times, steps = [*times, times[-1]], steps + 1
     lengths = [order] * (steps // order) + [steps % order] * (steps % order > 0)
-    if lower_order_final and order > 1 and steps % order == 0:
+    if end and order > 1 and steps % order == 0:
         lengths[-1:] = [order - 1, 1]
+    if end == 2 and lengths[-1] == 1:
+        lengths.pop()
     if is_clean(schedule, times[-1]) and lengths[-1] > 1:
         lengths[-1:] = [lengths[-1] - 1, 1]
     if real.isinf(schedule.half_log_snr(times[0])) and lengths[0] > 1:
         lengths[:1] = [1, lengths[0] - 1]
     blocks, start = [], 0
     for length in lengths:
-        blocks.append((list(times[start : start + length + 1]), list(range(start, start + length))))
+        blocks.append(
+            (list(times[start : start + length + 1]), [min(step, given - 1) for step in range(start, start + length)])
+        )
         start += length
     return blocks
 
@@ -143,7 +152,7 @@ def dpm_solver(
     variant: str = "midpoint",
     ratio: float | None = None,
     inner: str = "between",
-    lower_order_final: bool = False,
+    lower_order_final: bool | int = False,
 ) -> list[Row]:
     """The noise form. Steps from pure noise and to sigma' = 0 are of order 1.
 
@@ -175,7 +184,7 @@ def dpmpp_2s(
     variant: str = "midpoint",
     ratio: float | None = None,
     inner: str = "between",
-    lower_order_final: bool = False,
+    lower_order_final: bool | int = False,
     strength: float = 0.0,
 ) -> list[Row]:
     """The clean-sample form of order 2; options as dpm_solver's. `strength` (tau, 0 the ODE, 1 the reverse SDE) makes
@@ -202,7 +211,7 @@ def dpmpp_3s(
     *,
     variant: str = "midpoint",
     inner: str = "between",
-    lower_order_final: bool = False,
+    lower_order_final: bool | int = False,
     strength: float = 0.0,
 ) -> list[Row]:
     """The clean-sample form of order 3; options as dpmpp_2s'."""

@@ -25,7 +25,7 @@ def dpmpp_2m(
     *,
     order: int | None = None,
     variant: str = "midpoint",
-    lower_order_final: bool = False,
+    lower_order_final: bool | int = False,
     euler_at_final: bool = False,
 ) -> list[Row]:
     """One evaluation a step; the first step and a step to sigma' = 0 are of order 1.
@@ -45,7 +45,7 @@ def dpmpp_2m(
         raise choose("variant of solver 'dpmpp_2m',", variant, VARIANTS)
     table = []
     for step, (t, s) in enumerate(itertools.pairwise(times)):
-        lowered = euler_at_final or (lower_order_final and steps < 15)
+        lowered = euler_at_final or (multistep.lowered(lower_order_final) == 1 and steps < 15)
         if step == 0 or order == 1 or (lowered and step == steps - 1):
             of_x, of_denoised = rows.jump(schedule, t, s)
             update = {"x": of_x, "D": of_denoised}
@@ -90,7 +90,7 @@ def dpmpp_3m(
     order: int | None = None,
     slope: str = "midpoint",
     curvature: str = "exact",
-    lower_order_final: bool = False,
+    lower_order_final: bool | int = False,
     euler_at_final: bool = False,
 ) -> list[Row]:
     """Orders 1, 2, 3, 3, ..; a step to sigma' = 0 is of order 1.
@@ -126,7 +126,7 @@ def dpmpp_2m_sde(
     eta: float = 1.0,
     noise_scale: float = 1.0,
     slope: str = "midpoint",
-    lower_order_final: bool = False,
+    lower_order_final: bool | int = False,
     euler_at_final: bool = False,
 ) -> list[Row]:
     """`eta` = tau^2 is the strength of the SDE (k-diffusion's eta): 0 is dpmpp_2m, 1 the reverse SDE; `noise_scale`
@@ -147,7 +147,7 @@ def dpmpp_3m_sde(
     noise_scale: float = 1.0,
     slope: str = "midpoint",
     curvature: str = "exact",
-    lower_order_final: bool = False,
+    lower_order_final: bool | int = False,
     euler_at_final: bool = False,
 ) -> list[Row]:
     """As dpmpp_3m on the SDE of strength `eta` (see dpmpp_2m_sde). `curvature`: "exact"; "half_weight" as k-diffusion
@@ -169,7 +169,7 @@ def exponential(
     form: str = "x0",
     slope: str = "exact",
     curvature: str = "exact",
-    lower_order_final: bool = False,
+    lower_order_final: bool | int = False,
     euler_at_final: bool = False,
 ) -> list[Row]:
     """The exponential Adams-Bashforth integrator in lambda: the polynomial through the last estimates, integrated.

@@ -50,13 +50,36 @@ def falling(solver: str, times: Sequence[float], why: str) -> None:
         raise UserError(f"solver {solver!r} got a rising grid; {why}")
 
 
-def orders(steps: int, order: int, lower_order_final: bool = False, euler_at_final: bool = False) -> list[int]:
+def above_zero(solver: str, option: str, schedule: Schedule, times: Sequence[float]) -> None:
+    """Refuses an option that asks the network where sampling ends, if sigma is zero there."""
+    if is_clean(schedule, times[-1]):
+        raise UserError(
+            f"solver {solver!r} got {option} and a grid that ends at sigma = 0, where no network can be asked; "
+            "end the grid above, or leave the option out."
+        )
+
+
+def lowered(lower_order_final: bool | int) -> int:
+    """The order that `lower_order_final` makes a sampler end on, 1 (True) or 2; 0 where it is off."""
+    if lower_order_final not in (False, True, 2):
+        raise UserError(
+            f"lower_order_final is {lower_order_final!r}; give True (the last step is of order 1), 2 (of order 2 at "
+            "most) or False."
+        )
+    return int(lower_order_final)
+
+
+def orders(steps: int, order: int, lower_order_final: bool | int = False, euler_at_final: bool = False) -> list[int]:
     """Orders 1, 2, .. up to `order`; `lower_order_final` ends on 2, 1 below 15 steps, as the published code of
     2211.01095 does, `euler_at_final` ends on 1.
+
+    lower_order_final=2 ends on 2 below 14 steps: what diffusers does where its grid repeats its last level (Karras and
+    the like down to sigma_min) and the step of order 1 goes nowhere.
     """
     found = [min(order, i + 1) for i in range(steps)]
-    if lower_order_final and steps < 15:
-        found[-2:] = [min(found[-2:][0], 2), 1] if steps > 1 else [1]
+    end = lowered(lower_order_final)
+    if end and steps + end - 1 < 15:
+        found[-2:] = [min(p, end + place) for place, p in zip((1, 0), found[-2:])] if steps > 1 else [1]
     if euler_at_final:
         found[-1] = 1
     return found

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from fewstep.diffusion import real
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError
-from fewstep.solvers import rows
+from fewstep.solvers import multistep, rows
 from fewstep.solvers.plans import Row
 from fewstep.solvers.registry import register_plus_plus
 
@@ -40,13 +40,13 @@ def euler(schedule: Schedule, times: Sequence[float]) -> list[Row]:
 
 @register_plus_plus("dpmpp_2m")
 def dpmpp_2m(
-    schedule: Schedule, times: Sequence[float], *, lower_order_final: bool = False, euler_at_final: bool = False
+    schedule: Schedule, times: Sequence[float], *, lower_order_final: bool | int = False, euler_at_final: bool = False
 ) -> list[Row]:
     """In x/alpha: e^-h x + D_w - e^-h D_u + (I_0/2r)(D_w - D_u before); d0 is D_u. Options as dpmpp_2m's."""
     steps = len(times) - 1
     table = []
     for step, (t, s) in enumerate(itertools.pairwise(times)):
-        lowered = euler_at_final or (lower_order_final and steps < 15)
+        lowered = euler_at_final or (multistep.lowered(lower_order_final) == 1 and steps < 15)
         of_x, gain = rows.jump(schedule, t, s)
         slope = 0.0
         at, to = schedule.half_log_snr(t), schedule.half_log_snr(s)

@@ -24,8 +24,9 @@ def unipc(
     *,
     order: int | None = None,
     variant: str = "bh2",
-    lower_order_final: bool = False,
+    lower_order_final: bool | int = False,
     disable_corrector: Sequence[int] = (),
+    correct_last: bool = False,
     form: str = "x0",
 ) -> list[Row]:
     """Each evaluation first corrects the state it was made at, then predicts the next; the last step has no corrector.
@@ -33,8 +34,10 @@ def unipc(
     `variant` is B(h): "bh1" (h) or "bh2" (e^h - 1). It matters only to the corrector of order 1 and the predictor of
     order 2; wherever a linear system is solved it cancels. A step of bh1 to sigma' = 0, not a number in diffusers, is
     of order 1 as for bh2. `lower_order_final` ends on orders .., 2, 1 at any number of steps, as the published code
-    does, which costs the asymptotic order. `disable_corrector` names steps (from 0) that are not corrected. `form`
-    integrates clean-sample ("x0") or noise ("eps") estimates.
+    does, which costs the asymptotic order; 2 ends on .., 3, 2. `correct_last` asks once more where sampling ends, above
+    sigma = 0, and corrects there. Together they are what diffusers does where its grid repeats its last level (Karras
+    and the like down to sigma_min). `disable_corrector` names steps (from 0) that are not corrected. `form` integrates
+    clean-sample ("x0") or noise ("eps") estimates.
     """
     steps = len(times) - 1
     order = multistep.chosen_order("unipc", order, 2, (1, 2, 3), steps)
@@ -46,8 +49,9 @@ def unipc(
             f"solver 'unipc' got disable_corrector={list(disable_corrector)!r}; name steps 0 to {steps - 1}."
         )
     used = multistep.orders(steps, order)
-    if lower_order_final:
-        used = [min(p, steps - step) for step, p in enumerate(used)]
+    end = multistep.lowered(lower_order_final)
+    if end:
+        used = [min(p, steps - step + end - 1) for step, p in enumerate(used)]
     current, table = "D" if form == "x0" else "E", []
     for step, (t, s) in enumerate(itertools.pairwise(times)):
         names = multistep.ring(step, order, current)
@@ -60,6 +64,12 @@ def unipc(
         of_state = predicted.pop("x")
         update = multistep.total((of_state, corrected), (1.0, predicted))
         table.append(Row(t, s, {"x": update, "base": corrected, **multistep.kept(step, order, current)}, step))
+    if correct_last:
+        multistep.above_zero("unipc", "correct_last=True", schedule, times)
+        names = multistep.ring(steps, order, current)
+        past = {name: times[steps - 1 - j] for j, name in enumerate(names[1 : 1 + used[-1]])}
+        corrected = _corrected(schedule, times[-2], times[-1], past, current, variant, form) or {"x": 1.0}
+        table.append(Row(times[-1], times[-1], {"x": corrected}, steps - 1))
     return table
 
 
