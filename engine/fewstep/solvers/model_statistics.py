@@ -121,10 +121,8 @@ def estimate(
         x = schedule.add_noise(samples, noise, schedule.time_of_half_log_snr(place))
         for i in range(0, len(samples), batch):
             part = slice(i, i + batch)
-            told = (
-                given if given is None or not isinstance(given, Tensor) else given[part] for given in (cond, uncond)
-            )
-            yield x[part], place[part], 2.0 * signs[:, part].to(x) - 1.0, *told
+            told, null = (given[part] if isinstance(given, Tensor) else given for given in (cond, uncond))
+            yield x[part], place[part], 2.0 * signs[:, part].to(x) - 1.0, told, null
 
     def eps(x: Tensor, place: Tensor, cond: Any, uncond: Any) -> Tensor:
         t = schedule.time_of_half_log_snr(place)
