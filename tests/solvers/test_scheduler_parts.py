@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep import solvers
 from fewstep.diffusion import schedules
@@ -171,6 +172,32 @@ def test_a_half_precision_pipeline_bounds_in_float32(dtype):
     scheduler.set_timesteps(STEPS)
     assert found.dtype == dtype
     close(found.float(), run(scheduler), STEPS * torch.finfo(dtype).eps)  # one rounding of x and of the output a step
+
+
+class Operators(TorchDispatchMode):
+    """The operators torch runs, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name().split("::")[1].split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_no_step_with_parts_copies_to_the_device_or_reads_from_it(bound):
+    scheduler = PlanScheduler(solver="dpmpp_3m", options=BOUNDS[bound])
+    answers = torch.randn(STEPS, *NOISE.shape)
+    for _ in range(2):  # the first step of a run too, and again from a fresh set_timesteps
+        scheduler.set_timesteps(STEPS, device="cpu")
+        x = NOISE
+        with Operators() as operators:
+            for t, answer in zip(scheduler.timesteps.unbind(), answers.unbind()):
+                x = scheduler.step(answer, t, x).prev_sample
+        bounding = {"clip": "clamp", "threshold": "_threshold"}[bound]
+        assert {bounding, "_lincomb"} <= operators.names <= {"unbind", "empty_like", "_lincomb", bounding}
 
 
 def test_image_to_image_keeps_its_bounds():
