@@ -196,6 +196,15 @@ def test_there_is_no_speed_against_another_teacher(tmp_path):
     assert "× faster" not in write_report(results, tmp_path / "report.html").read_text()
 
 
+def test_few_images_are_a_caution_and_no_bound_no_column(page, tmp_path):
+    results = copy.deepcopy(RESULTS)
+    results["measured"]["samples"] = 500
+    results["comparisons"][0]["bound"] = None
+    few = write_report(results, tmp_path / "report.html").read_text()
+    assert "mostly bias" in few and "<th>bound</th>" not in few
+    assert "mostly bias" not in page and "<th>bound</th>" in page
+
+
 def test_bars_and_rows_say_which_student_was_measured(page):
     latency = section(page, "Latency")
     assert latency.count(">consistency at 1 evaluation<") == 4  # two batches, drawn wide and narrow
