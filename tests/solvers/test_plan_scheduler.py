@@ -132,12 +132,12 @@ def test_no_step_copies_to_the_device_or_reads_from_it(solver, kind, monkeypatch
     monkeypatch.setattr(ours, "lincomb", lambda inputs, table, dtypes: [inputs[0]] * len(table))
     for _ in range(2):  # the first step of a run too, and again from a fresh set_timesteps
         scheduler.set_timesteps(5, device="cpu")
-        tables = [id(table) for table in ours._tables(scheduler.plan, x.device, torch.float32)]
+        tables = [id(table) for table in ours.tables(scheduler.plan, x.device, torch.float32)]
         with Operators() as operators:
             for t in scheduler.timesteps.unbind():
                 x = scheduler.step(scheduler.scale_model_input(x, t), t, x).prev_sample
         assert set(operators.names) <= {"unbind", "mul"}  # mul: edm's input scale
-    assert tables == [id(table) for table in ours._tables(scheduler.plan, x.device, torch.float32)]
+    assert tables == [id(table) for table in ours.tables(scheduler.plan, x.device, torch.float32)]
 
 
 def test_a_time_taken_by_value_still_finds_its_place():

@@ -17,7 +17,8 @@ from fewstep.errors import UserError, choose
 from fewstep.solvers import parts, registry
 from fewstep.solvers.calls import split
 from fewstep.solvers.memory import tracing
-from fewstep.solvers.plans import Plan, Stage
+from fewstep.solvers.pipelines import bounds, outputs, plan_for, tables
+from fewstep.solvers.plans import Plan
 from fewstep_kernels import lincomb
 
 try:
@@ -124,36 +125,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
         return self._kept_plan((steps, self._given, self.schedule), lambda: self._plan_of(steps, grid))
 
     def _plan_of(self, steps: int, grid: Any, options: dict[str, Any] | None = None) -> Plan:
-        options = {**self._bounds(), **(dict(self.config.options or {}) if options is None else options)}
+        options = dict(self.config.options or {}) if options is None else options
+        options = {**bounds(self.config), **options}
         if isinstance(options.get("order"), int):
             options["order"] = min(options["order"], steps)
-        if options.get("guidance") is not None:
-            raise UserError(
-                f"options of PlanScheduler hold guidance={options['guidance']!r}; leave it out, the pipeline guides "
-                "(guidance_scale=..), or run the plan by fewstep.sample."
-            )
-        plan = registry.plan(self.config.solver, self.schedule, steps, grid=grid, prediction=self.prediction, **options)
-        if plan.roles:
-            raise UserError(
-                f"these options of solver {plan.solver!r} ask a network in the role {plan.roles[0]!r} and a pipeline "
-                "has one network; choose others, or run the plan by fewstep.sample(.., others=..)."
-            )
-        if any(stage.landing is not None for stage in plan.stages):
-            raise UserError(
-                f"two_times=True of solver {plan.solver!r} tells the network where it lands and a pipeline does not; "
-                "leave it out, or run the plan by fewstep.sample."
-            )
-        return plan
-
-    def _bounds(self) -> dict[str, Any]:
-        """The bounds on clean estimates that diffusers' own names ask for, thresholding before clipping as there."""
-        own = self.config.options or {}
-        if own.get("threshold") is not None or own.get("clip") is not None:
-            return {}
-        if self.config.thresholding:
-            quantile, most = self.config.dynamic_thresholding_ratio, self.config.sample_max_value
-            return {"threshold": {"quantile": quantile, "most": most}}
-        return {"clip": self.config.clip_sample_range} if self.config.clip_sample else {}
+        return plan_for(self.config.solver, self.schedule, steps, grid=grid, prediction=self.prediction, **options)
 
     def _kept_plan(self, key: tuple[Any, ...], make: Callable[[], Plan]) -> Plan:
         """The plan of this key, the last eight of which are kept for the pipeline's next calls."""
@@ -208,7 +184,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
         self._begin_index = None
         self._restart()
         if device is not None:
-            _tables(self.plan, torch.device(device), torch.float32)
+            tables(self.plan, torch.device(device), torch.float32)
 
     def _told_scale(self) -> float:
         """Pipelines of flow models pass 1000 times the network's time."""
@@ -262,13 +238,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
         if stage.noise:
             known["noise"] = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
         dtype = coefficient_dtype(sample, model_output)
-        table, *of_parts = _tables(self._running, sample.device, dtype)[self._index - self._offset]
+        table, *of_parts = tables(self._running, sample.device, dtype)[self._index - self._offset]
         assert table is not None
         for part, matrix in zip(stage.nonlinear, of_parts):
             made = parts.run(part, [known[name] for name in part.inputs], matrix, None, dtype)
             known.update(zip(part.outputs, made))
         inputs = [known[name] for name in stage.inputs]
-        names = _outputs(stage)
+        names = outputs(stage)
         found = dict(zip(names, lincomb(inputs, table, dtypes=[sample.dtype] * len(names))))
         self._index += 1
         x = found.pop("x")
@@ -319,33 +295,6 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
-
-
-def _outputs(stage: Stage) -> tuple[str, ...]:
-    """What a step computes: the pipeline scales the next network input itself."""
-    return tuple(name for name in stage.outputs if name != "input")
-
-
-def _tables(plan: Plan, device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor | None, ...]]:
-    """Each stage's coefficients [M, K] and its parts' (None where a part has none), copied to the device once for as
-    long as the plan lives.
-    """
-
-    def made() -> list[tuple[Tensor | None, ...]]:
-        rows = ([stage.matrix[stage.outputs.index(name)] for name in _outputs(stage)] for stage in plan.stages)
-        every = ([table, *(part.matrix for part in stage.nonlinear)] for table, stage in zip(rows, plan.stages))
-        return [
-            tuple(torch.tensor(table, device=device, dtype=dtype) if table else None for table in tables)
-            for tables in every
-        ]
-
-    if tracing():
-        return made()
-    key = ("scheduler", device, dtype)
-    if key not in plan._device_cache:
-        with torch.inference_mode(False):
-            plan._device_cache[key] = made()
-    return plan._device_cache[key]
 
 
 def _shares_memory(part: Tensor, whole: Tensor) -> bool:
