@@ -49,7 +49,7 @@ def _difference(a: Tensor, b: Tensor, weight: Tensor | None) -> Tensor:
 def reference(kind: int, c: float, a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
     """The defining implementation, in plain torch operations: sums [B]."""
     terms = value(kind, c, _difference(a, b, weight))
-    return (terms if weight is None else weight * terms).flatten(1).sum(1)
+    return reductions.samples(terms if weight is None else weight * terms).sum(1)
 
 
 def gradient_reference(
@@ -70,9 +70,9 @@ def tangent_reference(
     terms = terms if weight is None else weight * terms
     if along_a is not None:
         along = along_a.to(terms.dtype)
-        return (terms * (along if along_b is None else along - along_b.to(terms.dtype))).flatten(1).sum(1)
+        return reductions.samples(terms * (along if along_b is None else along - along_b.to(terms.dtype))).sum(1)
     assert along_b is not None
-    return -(terms * along_b.to(terms.dtype)).flatten(1).sum(1)
+    return -reductions.samples(terms * along_b.to(terms.dtype)).sum(1)
 
 
 def _backend(tensors: Sequence[Tensor | None]) -> str:

@@ -48,8 +48,8 @@ def products_reference(
     asked sum z_i [B, I] and sum z_i sign(y_i) [B, I], which is the sum of |z_i| when y is z.
     """
     wide = reductions.wide((*left, *right))
-    z = torch.stack(combined([x.flatten(1).to(wide) for x in left], table), 1)  # [B, I, N]
-    y = torch.stack(combined([x.flatten(1).to(wide) for x in right], table), 1) if right else z
+    z = torch.stack(combined([reductions.samples(x).to(wide) for x in left], table), 1)  # [B, I, N]
+    y = torch.stack(combined([reductions.samples(x).to(wide) for x in right], table), 1) if right else z
     if not sums:
         return z @ y.transpose(1, 2), z.new_empty(z.shape[0], 0), z.new_empty(z.shape[0], 0)
     return z @ y.transpose(1, 2), z.sum(-1), ((z * y.sign()) if right else z.abs()).sum(-1)

@@ -30,6 +30,11 @@ def wide(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
+def samples(x: Tensor) -> Tensor:
+    """[B, ...] as [B, N]; N = 1 for [B]."""
+    return x.flatten(1) if x.ndim > 1 else x[:, None]
+
+
 def one_layout(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors with one dense sample layout, that of the first dense one; those that differ are copied."""
     if all(x.is_contiguous() for x in tensors):

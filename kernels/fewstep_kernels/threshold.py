@@ -26,7 +26,7 @@ except ImportError:
 def reference(x: Tensor, quantile: float, least: float = 1.0, most: float = math.inf) -> Tensor:
     """The defining implementation, in plain torch operations."""
     wide = reductions.wide([x])
-    flat = x.flatten(1).to(wide)
+    flat = reductions.samples(x).to(wide)
     magnitudes = flat.abs()
     position = quantile * (flat.shape[1] - 1)
     low = int(position)
