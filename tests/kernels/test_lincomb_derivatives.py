@@ -137,6 +137,36 @@ def test_gradients_keep_the_inputs_dtypes():
     torch.testing.assert_close(table.grad, torch.stack([x.float().sum(), y.sum()])[None].detach())
 
 
+@CASES
+def test_numerical_derivatives_agree(case):
+    leaves = [x[:2, :2].clone().requires_grad_() for x in case[:2]] + [case[2][:2].clone().requires_grad_()]
+    assert torch.autograd.gradcheck(fused, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(fused, leaves)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("count", (1, 63, 500, 8191))
+def test_gradients_are_at_most_three_times_torchs(dtype, count):
+    inputs, table, out = torch.randn(2, 3, count).to(dtype), torch.randn(3, 2).to(dtype), torch.randn(3, 3, count)
+
+    def gradients(function, inputs, table):
+        leaves = [x.clone().requires_grad_() for x in (*inputs, table)]
+        answer = function(torch.stack(leaves[:2]), leaves[2])
+        return torch.autograd.grad((answer * out.to(answer.dtype)).sum(), leaves)
+
+    def ours(x, table):
+        return torch.stack(lincomb([*x], table))
+
+    def theirs(x, table):
+        return torch.einsum("mk,kbn->mbn", table, x)
+
+    exact = gradients(theirs, inputs.double(), table.double())
+    for mine, other, true in zip(gradients(ours, inputs, table), gradients(theirs, inputs, table), exact):
+        assert mine.dtype == dtype
+        floor = torch.finfo(dtype).eps * true.abs().max()  # one rounding of the result, where torch is exact
+        assert (mine.double() - true).abs().max() <= 3 * (other.double() - true).abs().max() + floor
+
+
 @pytest.mark.parametrize("name", ("_lincomb", "_lincomb_out"))
 def test_the_raw_operator_refuses_what_it_would_lose(name):
     raw = getattr(torch.ops.fewstep_kernels, name)
