@@ -168,3 +168,11 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to the output folder"):
         trainer(tmp_path / "file/run").fit()
+
+
+def test_a_damaged_log_is_gone_on_with(tmp_path):
+    trainer(tmp_path, updates=2).fit()
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes() + b'\xff\xfe{\n[1]\n{"update": 2')
+    trainer(tmp_path, updates=4, resume=True).fit()
+    assert [line["update"] for line in lines(tmp_path)] == [1, 2, 3, 4]

@@ -18,6 +18,7 @@ from fewstep import artefact, config
 from fewstep.errors import UserError
 from fewstep.train import checkpoint, train
 from fewstep.train.strategies import start
+from fewstep.train.strategies.launch import _wait
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
@@ -65,6 +66,29 @@ def test_two_ranks_from_a_recipe_are_interrupted_together_and_resume_to_the_same
     more = [f"train.updates={at + 2}", "train.strategy=single", "train.ranks=1"]  # a checkpoint knows no strategy
     train(config.load(path, more), resume=True)
     assert artefact.load(tmp_path / "run").provenance["updates"] == at + 2
+
+
+@pytest.mark.slow
+def test_a_mistake_found_by_two_processes_is_told_once(tmp_path):
+    """The first cannot write; the other only sees it go."""
+    (tmp_path / "run").write_text("in the way")
+    done = subprocess.run(
+        command(recipe(tmp_path, strategy="ddp", ranks=2)),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and "cannot write to the output folder" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_process_that_failed_is_found(tmp_path):
+    """Code 2, a user's mistake, explains the others' ends, whoever is seen first."""
+    ends = [subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"]) for code in (3, 2, 0)]
+    for end in ends:
+        end.wait()
+    assert _wait(ends) == (2, 1)
 
 
 @pytest.mark.slow

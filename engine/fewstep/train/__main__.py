@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -18,9 +17,13 @@ def main(arguments: list[str]) -> int:
     try:
         train(recipe, resume="--resume" in arguments[1:])
     except UserError as error:
-        if os.environ.get("RANK") == "0":
-            print(f"fewstep: {error}", file=sys.stderr)
+        print(f"fewstep: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("closed by peer", "reset by peer")):  # gloo's words
+            raise
+        print("fewstep: another process of this run has stopped.", file=sys.stderr)
+        return 3
     return 0
 
 

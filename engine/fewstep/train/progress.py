@@ -158,12 +158,12 @@ def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             if json.loads(line)["update"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
-            continue  # the last line of a run that was cut off
+            continue  # the last line of a run that was cut off, or damage
     path.write_text("".join(kept), encoding="utf-8")
 
 

@@ -82,6 +82,8 @@ class Trainer:
             loaded = artefact.load(recipe.teacher)
             teacher, self.classes, self._teacher_shape = loaded.denoiser, loaded.classes, loaded.image_shape
             self.provenance["teacher"] = {"path": recipe.teacher, "sha256": loaded.digest}
+            if loaded.kind == "student":
+                self.notices.append(f"{recipe.teacher} is itself a student; its own teacher is usually the better one.")
         self.modules, averages = networks.make(recipe, self.method, self.strategy, teacher)
         self.loader = loader if loader is not None else self._loader()
         result = self.modules[self.method.result]

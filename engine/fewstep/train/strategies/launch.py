@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -60,14 +61,17 @@ def start(recipe: Recipe) -> Strategy:
 def launch(recipe: Recipe, resume: bool) -> None:
     """Run the recipe in `train.ranks` local processes and wait; Ctrl-C and SIGTERM are handed on to them.
 
+    The first process speaks for all; what another has to say is shown where it is the one that failed.
+
     Raises SystemExit with the code of the first process that failed (which has said why), 130 after an interruption.
     """
     with tempfile.TemporaryDirectory(prefix="fewstep-") as folder:
         path = Path(folder) / "recipe.json"
         path.write_text(json.dumps(recipe.to_dict()), encoding="utf-8")
         command = [sys.executable, "-m", "fewstep.train", str(path), *(["--resume"] if resume else [])]
-        processes = [subprocess.Popen(command, env=_environment(folder, r, recipe.train.ranks), start_new_session=True)
-                     for r in range(recipe.train.ranks)]  # fmt: skip
+        logs = [Path(folder) / f"rank{r}.log" for r in range(1, recipe.train.ranks)]
+        processes = [_process(command, _environment(folder, r, recipe.train.ranks), log)
+                     for r, log in enumerate([None, *logs])]  # fmt: skip
 
         def hand_on(number: int, _frame: Any) -> None:
             for process in processes:
@@ -78,7 +82,9 @@ def launch(recipe: Recipe, resume: bool) -> None:
             {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)} if _main() else {}
         )
         try:
-            code = _wait(processes)
+            code, rank = _wait(processes)
+            if rank:
+                print(logs[rank - 1].read_text(encoding="utf-8", errors="replace").rstrip(), file=sys.stderr)
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -90,8 +96,14 @@ def launch(recipe: Recipe, resume: bool) -> None:
         raise SystemExit(code)
 
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
-    """0 when all end well, else the code of the first that does not."""
+def _process(command: list[str], environment: dict[str, str], log: Path | None) -> subprocess.Popen[bytes]:
+    with contextlib.ExitStack() as held:
+        stream = held.enter_context(log.open("wb")) if log is not None else None
+        return subprocess.Popen(command, env=environment, start_new_session=True, stdout=stream, stderr=stream)
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> tuple[int, int]:
+    """(0, 0) when all end well, else the code and rank of what failed, a user's mistake (2) before anything else."""
     running = list(processes)
     while running:
         for process in list(running):
@@ -106,8 +118,10 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
                         other.wait(timeout=10)
                     except subprocess.TimeoutExpired:
                         other.kill()
-                return code if code > 0 else 128 - code
-    return 0
+                codes = [other.poll() or 0 for other in processes]
+                rank = codes.index(2) if 2 in codes else processes.index(process)
+                return (codes[rank] if codes[rank] > 0 else 128 - codes[rank]), rank
+    return 0, 0
 
 
 def _environment(folder: str, rank: int, world: int) -> dict[str, str]:
