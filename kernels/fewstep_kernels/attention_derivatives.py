@@ -192,7 +192,7 @@ def _duals(q, k, v, mask, causal, scale) -> tuple[Tensor, Tensor] | None:
 def _refuse_checkpoint() -> None:
     """Raise where torch.utils.checkpoint stands inside torch.func.jvp: its recomputation knows no tangents."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None or "checkpoint" not in hooks[0].__qualname__ or not torch.is_grad_enabled():
+    if hooks is None or "checkpoint" not in getattr(hooks[0], "__qualname__", "") or not torch.is_grad_enabled():
         return
     frame = inspect.currentframe()
     while frame is not None:

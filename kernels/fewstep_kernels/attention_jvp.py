@@ -163,16 +163,32 @@ def scaled_dot_product_attention(
     return out.reshape(*query.shape[:-1], value.shape[-1])
 
 
+_TORCHS = functional.scaled_dot_product_attention
+
+
+def _in_its_place(*arguments, **named) -> Tensor:
+    """`scaled_dot_product_attention`, or torch's where there is dropout."""
+    return (_TORCHS if _dropout(*arguments, **named) else scaled_dot_product_attention)(*arguments, **named)
+
+
 class carrying_tangents(TorchFunctionMode):
     """Within this context every torch.nn.functional.scaled_dot_product_attention without dropout is `attention`, so a
-    network written with torch's function has tangents through this kernel."""
+    network written with torch's function, or with torch.nn.MultiheadAttention, has tangents through this kernel."""
 
     def __torch_function__(self, function, types, arguments=(), named=None):
         named = named or {}
-        if function is functional.scaled_dot_product_attention and not _dropout(*arguments, **named):
-            return scaled_dot_product_attention(*arguments, **named)
-        return function(*arguments, **named)
+        if function is _TORCHS:
+            return _in_its_place(*arguments, **named)
+        if function is not functional.multi_head_attention_forward:
+            return function(*arguments, **named)
+        # a function of Python's that calls the other where no mode sees it
+        before = functional.scaled_dot_product_attention
+        functional.scaled_dot_product_attention = _in_its_place
+        try:
+            return function(*arguments, **named)
+        finally:
+            functional.scaled_dot_product_attention = before
 
 
-def _dropout(_query, _key, _value, attn_mask=None, dropout_p=0.0, **_) -> float:
+def _dropout(_query, _key, _value, attn_mask=None, dropout_p=0.0, *_rest, **_named) -> float:
     return dropout_p

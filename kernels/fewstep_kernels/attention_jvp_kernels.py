@@ -40,9 +40,12 @@ def store_rows(pointer, stride, rows, inside, pieces, WIDTH: tl.constexpr, A: tl
 
 
 @triton.jit
-def scores_of(rows, columns, PRECISION: tl.constexpr):
-    """rows columns^T over all pieces: [BLOCK_N, BLOCK_M]."""
-    total = tl.dot(rows[0], tl.trans(columns[0]), input_precision=PRECISION)
+def scores_of(total, rows, columns, PRECISION: tl.constexpr):
+    """total + rows columns^T over all pieces: [BLOCK_N, BLOCK_M]; total may be None."""
+    if total is None:
+        total = tl.dot(rows[0], tl.trans(columns[0]), input_precision=PRECISION)
+    else:
+        total = tl.dot(rows[0], tl.trans(columns[0]), total, input_precision=PRECISION)
     for i in tl.static_range(1, len(rows)):
         total = tl.dot(rows[i], tl.trans(columns[i]), total, input_precision=PRECISION)
     return total
@@ -84,13 +87,14 @@ def step(
     wide = tl.cast(start, tl.int64)
     inside = key < keys if EDGE else local < BLOCK_M
     columns = load_rows(k + wide * strides[0], strides[0], local, inside, WIDTH, A, B, DOT)
-    scores = scores_of(queries, columns, PRECISION) * (scale * LOG2_E)
+    scores = scores_of(None, queries, columns, PRECISION)
+    unit = scale * LOG2_E  # of the scores; positive
+    change = None
     if FLAGS[0]:
-        change = scores_of(moving_queries, columns, PRECISION) * scale
+        change = scores_of(None, moving_queries, columns, PRECISION)
     if FLAGS[1]:
         moving = load_rows(tk + wide * strides[1], strides[1], local, inside, WIDTH, A, B, DOT)
-        moved = scores_of(queries, moving, PRECISION) * scale
-        change = change + moved if FLAGS[0] else moved
+        change = scores_of(change, queries, moving, PRECISION)
     if FLAGS[3] != 0:
         place = mask + wide * strides[5] + tl.arange(0, BLOCK_N)[:, None] * strides[4] + local[None, :] * strides[5]
         # rows beyond the last query read the mask nowhere
@@ -98,15 +102,16 @@ def step(
         if FLAGS[3] == 1:
             scores = tl.where(given != 0, scores, float("-inf"))
         else:
-            scores = scores + given.to(tl.float32) * LOG2_E
+            scores = scores * unit + given.to(tl.float32) * LOG2_E
+            unit = 1.0
     if EDGE:
         seen = inside[None, :]
         if FLAGS[4]:
             seen = seen & (key[None, :] <= query[:, None])
         scores = tl.where(seen, scores, float("-inf"))
-    raised = tl.maximum(highest, tl.max(scores, 1))
+    raised = tl.maximum(highest, tl.max(scores, 1) * unit)
     level = tl.where(raised == float("-inf"), 0.0, raised) if FLAGS[3] != 0 else raised
-    p = tl.exp2(scores - level[:, None])
+    p = tl.exp2(scores * unit - level[:, None])
     decay = tl.exp2(highest - level)
     total = total * decay + tl.sum(p, 1)
     values = load_rows(v + wide * strides[2], strides[2], local, inside, VALUE_WIDTH, VALUE_A, VALUE_B, DOT)
@@ -116,7 +121,7 @@ def step(
         new_out = new_out + (tl.dot(rounded, values[i], out[i] * decay[:, None], input_precision=PRECISION),)
         new_tangent = new_tangent + (tangent[i] * decay[:, None],)
     if FLAGS[0] or FLAGS[1]:
-        weights = p * change
+        weights = p * (change * scale)
         shift = shift * decay + tl.sum(weights, 1)
         small = weights.to(DOT)
         sums = ()
@@ -244,31 +249,32 @@ def pieces(width: int) -> tuple[int, int]:
 
 
 def tile(width: int, value_width: int, element_size: int, capability: int, masked: bool) -> dict[str, int]:
-    """Block sizes and launch options, by the wider padded width: the largest that neither spill nor, on sm_100, ask for
-    more tensor memory than there is (Triton then compiles a trap). Beyond 128 some registers spill. Untimed."""
+    """Block sizes and launch options, by the wider padded width: those with the fewest instructions a score that spill
+    little and, on sm_100, ask for no more tensor memory than there is (Triton then compiles a trap). Untimed."""
     widest = max(sum(pieces(width)), sum(pieces(value_width)))
     if element_size == 4:
         rows, keys = 64, 16
+    elif capability == 90 and widest <= 192:
+        rows, keys = 128, 64 if widest <= 96 else 32 if widest <= 160 else 16
     elif widest > 160:
         rows, keys = 32, 16
     elif widest > 128:
-        rows, keys = 64, 32 if capability in (90, 100, 103) else 16
-    elif capability == 90:
-        rows, keys = 128, 64 if widest <= 64 else 32
+        rows, keys = 64, 32 if capability in (100, 103) else 16
     elif capability in (100, 103):
         rows, keys = 128, 32
     else:
         rows, keys = 128, 64 if widest <= 48 else 32 if widest <= 80 else 16
+    stages = 3 if capability == 90 and element_size == 2 and widest <= 160 and not masked else 2
     if masked:  # its addresses take as many registers as two score tiles
         keys = 16
-    return {"BLOCK_N": rows, "BLOCK_M": keys, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_N": rows, "BLOCK_M": keys, "num_warps": 8, "num_stages": stages}
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def serves(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
     """Whether the kernel takes these tensors. The reference takes the rest: float32 wider than 64, which has no matrix
     instructions of its accuracy and would spill, goes through its tiles to the BLAS."""
     widest = max(q.shape[3], v.shape[3])
-    if widest > 256 or 0 in (*q.shape, *k.shape, v.shape[3]):
+    if widest > 256 or scale == 0 or 0 in (*q.shape, *k.shape, v.shape[3]):
         return False
     return q.dtype in (torch.bfloat16, torch.float16) or (q.dtype == torch.float32 and widest <= 64)
 
@@ -288,6 +294,8 @@ def call(
     """(out, d_out, log-sum-exp), written to contiguous `outputs` where given."""
     batch, heads, rows, width = q.shape
     keys, value_width = k.shape[2], v.shape[3]
+    if scale < 0:  # the kernel takes the maximum of the products themselves
+        q, tq, scale = -q, None if tq is None else -tq, -scale
     if outputs is None:
         out = q.new_empty(batch, heads, rows, value_width)
         outputs = out, torch.empty_like(out), q.new_empty(batch, heads, rows, dtype=torch.float32)

@@ -73,7 +73,7 @@ def _attention_jvp(q, k, v, tq, tk, tv, mask, causal, scale):
     if backends.choose("attention_jvp", q.device.type)[0] == "triton":
         from . import attention_jvp_kernels as kernels
 
-        if kernels.serves(q, k, v):
+        if kernels.serves(q, k, v, scale):
             return kernels.call(q, k, v, tq, tk, tv, mask, causal, scale)
     return reference(q, k, v, tq, tk, tv, mask, causal, scale)
 

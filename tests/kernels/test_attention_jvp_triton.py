@@ -20,7 +20,7 @@ from tests.kernels.test_attention_jvp import draw, make_mask
 assert fk.backend("attention_jvp", "cpu") == "triton"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
-def check(shape, dtype, mask=None, causal=False, missing=(), value_width=None, turned=False):
+def check(shape, dtype, mask=None, causal=False, missing=(), value_width=None, turned=False, scale=0.3):
     primals, tangents = draw(*shape, value_width, dtype=dtype)
     tangents = [None if i in missing else t for i, t in enumerate(tangents)]
     if turned:  # [B, N, H, D] in memory, and columns that are no neighbours
@@ -32,8 +32,8 @@ def check(shape, dtype, mask=None, causal=False, missing=(), value_width=None, t
     width = shape[5] if value_width is None else value_width
     out = torch.full((*shape[:2], shape[3], width), float("nan"), dtype=dtype)
     outputs = out, out.clone(), torch.full(shape[:2] + shape[3:4], float("nan"))
-    kernels.call(*primals, *tangents, mask, causal, 0.3, outputs)
-    expected = reference(*primals, *tangents, mask, causal, 0.3)
+    kernels.call(*primals, *tangents, mask, causal, scale, outputs)
+    expected = reference(*primals, *tangents, mask, causal, scale)
     # float32 sums of at most 130 products; the interpreter truncates bfloat16, so two units in its last place
     bound = {F32: 2e-5, F16: 2e-3, BF16: 2**-6}[dtype]
     for found, truth in zip(outputs, expected):
@@ -54,8 +54,19 @@ for missing in ((0, 1), (1, 2), (0, 2), (0, 1, 2)):
     check((1, 2, 1, 7, 9, 24), F32, missing=missing)
 check((1, 2, 1, 7, 9, 24), F32, value_width=40)
 check((2, 2, 1, 7, 9, 32), F32, turned=True)
-check((1, 1, 1, 3, 5, 96), F16)
-check((1, 1, 1, 3, 5, 256), F16)
+for width in (1, 17, 88, 96, 112, 128, 192, 256):
+    check((1, 1, 1, 3, 5, width), F16)
+check((2, 2, 1, 7, 9, 24), F32, "dead added", True, scale=-0.4)
+check((1, 2, 2, 3, 67, 16), F32, "added", scale=-1.0)
+
+# heads further apart than 2^31 elements, in memory that is never touched between them
+apart = torch.empty(2**31 + 4096, dtype=BF16)
+far = apart.as_strided((1, 2, 3, 16), (2**31 + 3000, 2**31 + 512, 16, 1))
+(near, k, v), tangents = draw(1, 2, 2, 3, 5, 16, dtype=BF16)
+far.copy_(near)
+for found, other in zip(fk.attention_jvp(far, k, v, *tangents), fk.attention_jvp(near, k, v, *tangents)):
+    assert torch.equal(found, other)
+del apart, far
 
 (q, k, v), (tq, tk, tv) = draw(1, 2, 1, 7, 9, 24, dtype=F32)
 out, tangent = torch.func.jvp(fk.attention, (q, k, v), (tq, tk, tv))
@@ -63,6 +74,8 @@ expected = reference(q, k, v, tq, tk, tv, scale=24**-0.5)
 torch.testing.assert_close((out, tangent), expected[:2], rtol=2e-5, atol=4e-5)
 wide = [x.double() for x in (q, k, v, tq, tk, tv)]
 found = fk.attention_jvp(*wide, scale=0.3)[1]
+nothing = fk.attention_jvp(q, k, v, tq, tk, tv, scale=0.0)[0]
+torch.testing.assert_close(nothing, v.mean(2, keepdim=True).expand_as(nothing), rtol=1e-5, atol=1e-6)
 assert torch.equal(found, reference(*wide, scale=0.3)[1])  # float64: the reference serves
 print("equal")
 """
@@ -109,7 +122,7 @@ def variant(dtype, width, value_width=None, flags=ALL, unit=None, aligned=True, 
 report({
     **{f"bf16 {width}": variant("bf16", width) for width in (64, 72, 128)},
     "fp16 40": variant("fp16", 40, on=(90,)),
-    "bf16 160": variant("bf16", 160, on=(90,)),
+    **{f"bf16 {width}": variant("bf16", width, on=(90,)) for width in (96, 160, 192)},
     "bf16 256": variant("bf16", 256, on=(90, 100)),
     "fp32 64": variant("fp32", 64, on=(90,)),
     "causal and masked": variant("bf16", 64, flags=(True, True, True, 1, True), on=(90,)),
@@ -134,7 +147,7 @@ def compiled():
 @pytest.mark.timeout(600)
 def test_every_variant_compiles_to_matrix_instructions_and_fits(compiled):
     """Triton compiles a trap, without a word, where a block asks for more tensor memory than sm_100 has."""
-    assert len(compiled) == 17
+    assert len(compiled) == 19
     for row in compiled:
         assert row["matrix_instructions"] > 0 or row["variant"] == "fp32 64", row
         assert row["fused"] > 0, row
@@ -147,9 +160,9 @@ def test_every_variant_compiles_to_matrix_instructions_and_fits(compiled):
 def test_what_spills_is_known(compiled):
     """Bytes of stack a thread. Widths beyond 128 hold two accumulators of more than 128 columns."""
     spills = {(row["variant"], row["capability"]): row["spills"] for row in compiled if row["spills"]}
-    wide = {key: spills.pop(key, 0) for key in list(spills) if key[0] in ("bf16 160", "bf16 256")}
-    assert max(wide.values(), default=0) <= 128
-    assert max(spills.values(), default=0) <= 16, spills
+    wide = {key: spills.pop(key) for key in list(spills) if key[0] in ("bf16 160", "bf16 192", "bf16 256")}
+    assert max(wide.values(), default=0) <= 192, wide
+    assert max(spills.values(), default=0) <= 32, spills
 
 
 @pytest.mark.slow
