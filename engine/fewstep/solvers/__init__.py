@@ -2,6 +2,7 @@
 
 from fewstep.solvers import (
     ancestral,
+    ancestral_singlestep,
     consistency,
     ddim,
     deis,
@@ -30,6 +31,7 @@ __all__ = [
     "Plan",
     "Stage",
     "ancestral",
+    "ancestral_singlestep",
     "consistency",
     "ddim",
     "deis",
