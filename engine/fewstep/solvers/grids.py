@@ -64,7 +64,16 @@ def times(grid: Grid | None, schedule: Schedule, steps: int, *, zero: str | None
             raise choose(f"option of grid {name!r},", option, known)
     if zero is not None and "zero" in known:
         options.setdefault("zero", zero)
-    return _checked(_GRIDS[name](schedule, steps, **options), f"grid {name!r}", falling=True)
+    try:
+        laid = _GRIDS[name](schedule, steps, **options)
+    except UserError:
+        raise
+    except (TypeError, ValueError, ArithmeticError):
+        given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        raise UserError(
+            f"grid {name!r} cannot use {given}; its options are numbers, or names where it says so."
+        ) from None
+    return _checked(laid, f"grid {name!r}", falling=True)
 
 
 def _custom(grid: list[float], schedule: Schedule, steps: int) -> tuple[float, ...]:
