@@ -1,5 +1,7 @@
 """A prepared lincomb writes lincomb's bits, or says that it cannot and writes nothing."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import fewstep_kernels as fk
 from fewstep_kernels import backends
 from fewstep_kernels.lincomb import lincomb
 from fewstep_kernels.lincomb_prepared import PreparedLincomb, Share
+from tests.kernels.ahead_of_time import python
 
 pytestmark = pytest.mark.skipif(fk.backend("lincomb", "cpu") != "cpu", reason="libfewstep_cpu.so was not built")
 SHAPE = (2, 3, 5, 7)
@@ -102,3 +105,31 @@ def test_what_lincomb_takes_for_a_call():
     inputs, out = call.tensors((answer, given))
     assert inputs[0] is kept[0] and inputs[3] is kept[1] and out[0] is own and out[1] is given
     assert torch.equal(inputs[1], answer[:2]) and torch.equal(inputs[2], answer[2:])
+
+
+INTERPRETED = """
+import torch
+from fewstep_kernels import backend
+from fewstep_kernels.lincomb import reference
+from fewstep_kernels.lincomb_prepared import PreparedLincomb, Share
+
+assert backend("lincomb", "cpu") == "triton"
+kept, own = torch.randn(2, 3, 7), torch.full((2, 3, 7), float("nan"))
+for stream in (None, 2):
+    table = torch.randn(2, 3 + (stream is not None))
+    call = PreparedLincomb([kept, Share(0, 0, 2), Share(0, 1, 2)], table, [own, Share(1)], own, stream)
+    seeds = None if stream is None else torch.tensor([4, -5])
+    for turn in range(2):
+        answer, given = torch.randn(4, 3, 7), torch.full((2, 3, 7), float("nan"), dtype=torch.float16)
+        assert call((answer, given), seeds)
+        expected = reference([kept, answer[:2], answer[2:]], table, seeds, stream or 0, [own.dtype, given.dtype])
+        assert torch.equal(own, expected[0]) and torch.equal(given, expected[1])
+memory = torch.zeros(4 * 21 + 1)
+assert not call((memory[1:].view(4, 3, 7), memory[:42].view(2, 3, 7)), seeds)
+print("equal")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_calls_through_triton_write_the_references_bits():
+    assert python(INTERPRETED, TRITON_INTERPRET="1", FEWSTEP_KERNELS="triton") == "equal\n"
