@@ -78,11 +78,18 @@ def test_the_metadata_describes_the_sampler(graph, student):
     assert facts["fewstep.version"]
 
 
-def test_a_guided_teacher_exports_too(teacher, tmp_path):
-    graph = export_onnx(teacher, tmp_path / "teacher.onnx", steps=3, guidance=2.0)
-    report = check_parity(graph, teacher, steps=3, guidance=2.0)
-    assert report["evaluations"] == 3
+@pytest.mark.parametrize(("steps", "guidance"), [(3, 2.0), (2, {"name": "apg", "scale": 2.0, "momentum": -0.5})])
+def test_a_guided_teacher_exports_too(teacher, steps, guidance, tmp_path):
+    graph = export_onnx(teacher, tmp_path / "teacher.onnx", steps=steps, guidance=guidance)
+    report = check_parity(graph, teacher, steps=steps, guidance=guidance)
+    assert report["evaluations"] == steps
     assert report["max_abs_error"] <= 1e-4
+
+
+@pytest.mark.parametrize(("form", "words"), [("autoguidance", "asks another network"), ("perp_neg", "asks negatives")])
+def test_a_form_that_asks_for_more_than_a_graph_takes_is_refused(teacher, form, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        export_onnx(teacher, tmp_path / "teacher.onnx", steps=2, guidance={"name": form, "scale": 2.0})
 
 
 def test_another_plan_or_artefact_is_refused(graph, student_folder, teacher_folder):

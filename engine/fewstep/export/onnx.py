@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def export_onnx(
     artefact: str | os.PathLike[str] | Student,
     out: str | os.PathLike[str],
     steps: int | None = None,
-    guidance: float | None = None,
+    guidance: float | Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the sampler of `steps` steps as an ONNX file (opset 20) and return its path.
 
@@ -33,6 +34,11 @@ def export_onnx(
     """
     student = artefact if isinstance(artefact, Student) else load(artefact)
     plan = student.plan(steps, guidance)
+    if plan.roles or any(len(stage.conditions) > 2 for stage in plan.stages):
+        raise UserError(
+            f"guidance {plan.guided_by!r} asks {'another network' if plan.roles else 'negatives'}, and a graph takes noise "
+            "and one condition; export at another form, or at a number."
+        )
     target = Path(out)
     _require_writable(target)
     converted = convert(student, plan)

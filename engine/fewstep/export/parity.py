@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def check_parity(
     artefact: str | os.PathLike[str] | Student,
     steps: int | None = None,
     *,
-    guidance: float | None = None,
+    guidance: float | Mapping[str, Any] | None = None,
     seeds: int = 64,
     tolerance: float = TOLERANCE,
 ) -> dict[str, Any]:
