@@ -8,7 +8,8 @@
 Loshchilov and Hutter 2019, "Decoupled weight decay regularization", arXiv:1711.05101, Algorithm 2. Words moved an
 element: 7 for AdamW, 2 more for each average (3 when averaged apart), 1 for the copy (2 apart), and none for the
 gradient's scale (2 apart). That bounds the gain over a fused AdamW and a foreach average at 1.11, 1.18 with two
-averages. It does not help where gradients must be clipped by someone else first, or on small models.
+averages. It does not help where gradients must be clipped by someone else first, and by itself on small models, where
+looking at every tensor is what costs: `AdamWEma` does that once.
 """
 
 from __future__ import annotations
