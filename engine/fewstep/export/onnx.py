@@ -35,9 +35,10 @@ def export_onnx(
     student = artefact if isinstance(artefact, Student) else load(artefact)
     plan = student.plan(steps, guidance)
     if plan.roles or any(len(stage.conditions) > 2 for stage in plan.stages):
+        asks = "another network" if plan.roles else "negatives"
         raise UserError(
-            f"guidance {plan.guided_by!r} asks {'another network' if plan.roles else 'negatives'}, and a graph takes noise "
-            "and one condition; export at another form, or at a number."
+            f"guidance {plan.guided_by!r} asks {asks}, and a graph takes noise and one condition; export at another "
+            "form, or at a number."
         )
     target = Path(out)
     _require_writable(target)
