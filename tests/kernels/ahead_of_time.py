@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -42,44 +44,52 @@ def python(program: str, *arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def report(variants: dict, capabilities: Iterable[int] = CAPABILITIES) -> None:
-    """Compile {name: capability -> (ASTSource, options) or None} for every architecture and print the facts."""
+_asked: list[tuple] = []  # (variant, capability, source, options)
+
+
+def _facts(place: int) -> dict:
+    """What is told of one variant for one architecture."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    rows = []
+    name, capability, source, options = _asked[place]
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage.stdout + usage.stderr)
+    assert found is not None, usage.stdout
+    ptx = kernel.asm["ptx"]
+    return {
+        "variant": name,
+        "capability": capability,
+        "registers": int(found[1]),
+        "spills": int(found[2]) + int(found[3]),
+        "shared_bytes": kernel.metadata.shared,
+        "tensor_memory_columns": getattr(kernel.metadata, "tmem_size", None) or 0,
+        "vector_loads": len(re.findall(r"ld\.global[.\w]*\.v[24]\.b(?:32|64) ", ptx)),
+        "narrow_loads": len(re.findall(r"ld\.global\.b(?:16|32|64) ", ptx)),
+        "copies": len(re.findall(r"cp\.async\.c[ag]\.shared\.global", ptx)),
+        "narrow_copies": len(re.findall(r"cp\.async\.ca\.shared\.global", ptx)),
+        "vector_stores": len(re.findall(r"st\.global[.\w]*\.v[24]\.b(?:32|64) ", ptx)),
+        "fused": len(re.findall(r"\bfma\.", ptx)),
+        "matrix_instructions": len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)", ptx)),
+    }
+
+
+def report(variants: dict, capabilities: Iterable[int] = CAPABILITIES) -> None:
+    """Compile {name: capability -> (ASTSource, options) or None} for every architecture, on every core, and print the
+    facts."""
     for name, variant in variants.items():
         for capability in capabilities:
-            built = variant(capability)
-            if built is None:
-                continue
-            source, options = built
-            kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(kernel.asm["cubin"])
-                file.flush()
-                usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True)
-            found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage.stdout + usage.stderr)
-            assert found is not None, usage.stdout
-            ptx = kernel.asm["ptx"]
-            rows.append(
-                {
-                    "variant": name,
-                    "capability": capability,
-                    "registers": int(found[1]),
-                    "spills": int(found[2]) + int(found[3]),
-                    "shared_bytes": kernel.metadata.shared,
-                    "tensor_memory_columns": getattr(kernel.metadata, "tmem_size", None) or 0,
-                    "vector_loads": len(re.findall(r"ld\.global[.\w]*\.v[24]\.b(?:32|64) ", ptx)),
-                    "narrow_loads": len(re.findall(r"ld\.global\.b(?:16|32|64) ", ptx)),
-                    "copies": len(re.findall(r"cp\.async\.c[ag]\.shared\.global", ptx)),
-                    "narrow_copies": len(re.findall(r"cp\.async\.ca\.shared\.global", ptx)),
-                    "vector_stores": len(re.findall(r"st\.global[.\w]*\.v[24]\.b(?:32|64) ", ptx)),
-                    "fused": len(re.findall(r"\bfma\.", ptx)),
-                    "matrix_instructions": len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)", ptx)),
-                }
-            )
+            found = variant(capability)
+            if found is not None:
+                _asked.append((name, capability, *found))
+    # forked, since sources hold functions of the program handed to -c, which cannot be sent
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        rows = list(pool.map(_facts, range(len(_asked))))
     print(json.dumps(rows))
 
 
