@@ -294,3 +294,54 @@ def test_plus_plus_outside_its_interval_is_the_solver():
                 assert a.row("x").get(key, 0.0) == pytest.approx(value, rel=1e-12, abs=1e-12)
     with pytest.raises(UserError, match="solver with rows for guidance 'cfg\\+\\+'"):
         solvers.plan("heun", VP, 5, prediction="v", guidance=PLUS)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("cfg", "guidance is 'cfg'; give a number, None, a form"),
+        ({"name": ["apg"], "scale": 2.0}, "guidance ['apg'] is not known (did you mean 'apg'?)"),
+        ({"name": "apg"}, "guidance 'apg' got no scale"),
+        ({"name": "apg", "scale": 2.0, "eta": 0.0}, "option of guidance 'apg', 'eta' is not known"),
+        ({"scale": True}, "scale of guidance 'cfg' is True; give a number."),
+        ({"scale": 2.0, "start": 0.5}, "start of guidance 'cfg' is 0.5; give a whole number from 0."),
+        ({"scale": 2.0, "stop": "3"}, "stop of guidance 'cfg' is '3'; give a whole number from 0."),
+        ({"scale": 2.0, "start": 3, "stop": 2}, "acts from step 3 to 2"),
+        ({"scale": 2.0, "sigma_low": 2, "sigma_high": 1.0}, "give sigma_low < sigma_high"),
+        ({"name": "cfg++", "scale": 3.0}, "scale of guidance 'cfg++' is 3.0; give a number from 0 to 1."),
+        (
+            {"name": "rescale", "scale": 3.0, "rescale": 70},
+            "rescale of guidance 'rescale' is 70.0; give a number from 0",
+        ),
+        ({"name": "mambo_g", "scale": 3.0, "decay": -8}, "decay of guidance 'mambo_g' is -8.0; give a number from 0."),
+        (
+            {"name": "apg", "scale": 3.0, "radius": 0},
+            "radius of guidance 'apg' is 0.0; give a number above 0, or None.",
+        ),
+        ({"name": "apg", "scale": 3.0, "of": "eps"}, "of in guidance 'apg', 'eps' is not known"),
+        ({"name": "cfg_zero_star", "scale": 3.0, "zero_steps": -1}, "zero_steps of guidance 'cfg_zero_star' is -1"),
+        ({"name": "perp_neg", "scale": 3.0, "weights_of": [float("nan")]}, "give one number for each of one to four"),
+        ([2.0, None], "guidance has 2 entries for 5 steps"),
+    ],
+)
+def test_a_mistake_in_a_form_is_one_sentence(given, words):
+    with pytest.raises(UserError) as error:
+        solvers.plan("ddim", EDM, STEPS, prediction="edm", guidance=given)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("bound", "words"),
+    [
+        ({"clip": float("inf")}, "clip is inf; give a number above 0, or None."),
+        ({"threshold": 0.9}, "threshold is 0.9; give {'quantile'"),
+        ({"threshold": {"quantile": "0.9"}}, "quantile of threshold is '0.9'; give a number."),
+        ({"threshold": {"most": 0.5}}, "0 < least <= most"),
+        ({"threshold": {"ratio": 0.9}}, "option of threshold, 'ratio' is not known"),
+        ({"threshold": {}, "clip": 1.0}, "both threshold and clip"),
+    ],
+)
+def test_a_mistake_in_a_bound_is_one_sentence(bound, words):
+    with pytest.raises(UserError) as error:
+        solvers.plan("ddim", EDM, STEPS, prediction="edm", **bound)
+    assert words in str(error.value)

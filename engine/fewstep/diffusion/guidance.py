@@ -39,9 +39,10 @@ def get(given: float | Mapping[str, Any] | Guidance | None) -> Guidance | None:
             f"guidance is {given!r}; give a number, None, a form (such as {{'name': 'cfg', 'scale': 3.0}}) or one of "
             "these per step."
         )
-    form = FORMS.get(given.get("name", "cfg"))
+    name = given.get("name", "cfg")
+    form = FORMS.get(name) if isinstance(name, str) else None
     if form is None:
-        raise choose("guidance", given["name"], FORMS)
+        raise choose("guidance", name, FORMS)
     options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if key != "name"}
     known = [field.name for field in dataclasses.fields(form)]
     for option in options:

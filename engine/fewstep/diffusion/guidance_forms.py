@@ -33,18 +33,31 @@ class Guidance:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            value, kind = getattr(self, field.name), str(field.type)
+            if (value is None and "None" in kind) or kind.startswith(("tuple", "str")):
+                continue
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if "float" in str(field.type) and "tuple" not in str(field.type):
-                if value is None and "None" in str(field.type):
-                    continue
-                if not number:
-                    raise UserError(f"{field.name} of guidance {self.name!r} is {value!r}; give a number.")
-                object.__setattr__(self, field.name, float(value))
-        if not self.start >= 0 or (self.stop is not None and self.stop < self.start):
+            if kind.startswith("int") and not (number and value == int(value) and value >= 0):
+                raise UserError(f"{field.name} of guidance {self.name!r} is {value!r}; give a whole number from 0.")
+            if not number:
+                raise UserError(f"{field.name} of guidance {self.name!r} is {value!r}; give a number.")
+            object.__setattr__(self, field.name, int(value) if kind.startswith("int") else float(value))
+        if self.stop is not None and self.stop < self.start:
             raise UserError(
                 f"guidance {self.name!r} acts from step {self.start} to {self.stop}; give 0 <= start <= stop."
             )
+        if self.sigma_low is not None and self.sigma_high is not None and self.sigma_low >= self.sigma_high:
+            raise UserError(
+                f"guidance {self.name!r} acts where sigma/alpha is above {self.sigma_low:g} and at most "
+                f"{self.sigma_high:g}; give sigma_low < sigma_high."
+            )
+
+    def _bounded(self, option: str, low: float, high: float = math.inf) -> None:
+        """UserError where a number is not from `low` to `high`."""
+        value = getattr(self, option)
+        if not low <= value <= high:
+            bounds = f"from {low:g} to {high:g}" if math.isfinite(high) else f"from {low:g}"
+            raise UserError(f"{option} of guidance {self.name!r} is {value!r}; give a number {bounds}.")
 
     @property
     def acts(self) -> bool:
@@ -90,8 +103,7 @@ class PlusPlus(Guidance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.scale <= 1.0:
-            raise UserError(f"scale of guidance 'cfg++' is {self.scale!r}; give a number from 0 to 1 (0.6 is usual).")
+        self._bounded("scale", 0.0, 1.0)
 
     @property
     def acts(self) -> bool:
@@ -211,6 +223,10 @@ class Rescaled(GramGuidance):
     name = "rescale"
     rescale: float = 0.7
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._bounded("rescale", 0.0, 1.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Projected(GramGuidance):
@@ -229,6 +245,8 @@ class Projected(GramGuidance):
         super().__post_init__()
         if self.base not in ("cond", "uncond"):
             raise choose("base of guidance 'apg',", self.base, ("cond", "uncond"))
+        if self.radius is not None and self.radius <= 0.0:
+            raise UserError(f"radius of guidance 'apg' is {self.radius!r}; give a number above 0, or None.")
 
     @property
     def acts(self) -> bool:
@@ -249,6 +267,7 @@ class Perpendicular(GramGuidance):
         super().__post_init__()
         given = self.weights_of if isinstance(self.weights_of, (tuple, list)) else ()
         fit = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in given)
+        fit = fit and all(math.isfinite(value) for value in given)
         if not 1 <= len(given) <= 4 or not fit:
             raise UserError(
                 f"weights_of in guidance 'perp_neg' is {self.weights_of!r}; give one number for each of one to four "
@@ -286,6 +305,10 @@ class Magnitude(GramGuidance):
 
     name = "mambo_g"
     decay: float = 8.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._bounded("decay", 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

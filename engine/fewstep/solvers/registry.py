@@ -205,7 +205,7 @@ def _limit(threshold: Mapping[str, float] | None, clip: float | None) -> Part | 
     if threshold is not None and clip is not None:
         raise UserError("plan got both threshold and clip; give one of them.")
     if clip is not None:
-        if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0:
+        if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not 0 < clip < math.inf:
             raise UserError(f"clip is {clip!r}; give a number above 0, or None.")
         return Part("clamp", (), (), (("most", float(clip)),))
     if threshold is None:
@@ -216,6 +216,8 @@ def _limit(threshold: Mapping[str, float] | None, clip: float | None) -> Part | 
     for key, value in threshold.items():
         if key not in numbers:
             raise choose("option of threshold,", key, numbers)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"{key} of threshold is {value!r}; give a number.")
         numbers[key] = float(value)
     if not (0.0 <= numbers["quantile"] <= 1.0 and 0.0 < numbers["least"] <= numbers["most"]):
         raise UserError(f"threshold is {dict(threshold)!r}; give 0 <= quantile <= 1 and 0 < least <= most.")
