@@ -112,3 +112,19 @@ def test_a_mistake_is_one_sentence():
     ):
         with pytest.raises(UserError, match=words):
             solvers.plan(solver, schedule, 4, **options)
+
+
+def test_the_published_third_order_of_ipndm_v_is_right_only_where_steps_are_equal():
+    """Steps of 3, 1 and 2 down in sigma: 2.333, -1.444, 0.111 in zju-pi/diff-sampler, 2.583, -1.778, 0.194 in truth."""
+    edm = schedules.get("edm")
+
+    def weights(grid, third):
+        plan = solvers.plan("ipndm_v", edm, 3, grid=grid, prediction="eps", order=3, third=third)
+        row = plan.stages[2].row("x")
+        return [row[name] / (grid[3] - grid[2]) for name in ("cond", "d1", "d0")]
+
+    uneven = [7.0, 4.0, 3.0, 1.0]
+    assert weights(uneven, "misplaced_parenthesis") == pytest.approx([7 / 3, -13 / 9, 1 / 9])
+    assert weights(uneven, "exact") == pytest.approx([31 / 12, -16 / 9, 7 / 36])
+    even = [4.0, 3.0, 2.0, 1.0]
+    assert weights(even, "misplaced_parenthesis") == pytest.approx(weights(even, "exact"))

@@ -105,6 +105,8 @@ CASES = [
     ("deis", 4, "graded", {"order": 4, "coordinate": "log_rho"}),
     ("ipndm_v", 4, "graded", {}),
     ("ipndm_v", 4, "jagged", {}),
+    ("ipndm_v", 3, "jagged", {"order": 3}),
+    ("ipndm_v", 2, "jagged", {"order": 3, "third": "misplaced_parenthesis"}),
     # equal-step weights: order 2 at best, 1 where neighbouring steps differ
     ("ipndm", 1, COLD, {"order": 1}),
     ("ipndm", 2, COLD, {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -14,6 +15,7 @@ from fewstep.solvers.plans import Row
 from fewstep.solvers.registry import register
 
 COORDINATES = ("t", "rho", "log_rho")
+THIRDS = ("exact", "misplaced_parenthesis")
 _points = functools.cache(moments.gauss_legendre)
 
 
@@ -48,10 +50,36 @@ def deis(
 
 
 @register("ipndm_v", "order 1 to 4 (default 4), one evaluation a step; iPNDM with the weights of uneven steps")
-def ipndm_v(schedule: Schedule, times: Sequence[float], *, order: int | None = None) -> list[Row]:
-    """2204.13902's iPNDM for uneven steps, from exact integrals: rho-AB-DEIS."""
+def ipndm_v(schedule: Schedule, times: Sequence[float], *, order: int | None = None, third: str = "exact") -> list[Row]:
+    """2204.13902's iPNDM for uneven steps, from exact integrals: rho-AB-DEIS.
+
+    `third` "misplaced_parenthesis" gives the rows of order 3 the weights of zju-pi/diff-sampler's code, which are right
+    only where three steps in sigma/alpha are equal.
+    """
+    multistep.chosen("ipndm_v", "third", third, THIRDS)
     order = multistep.chosen_order("ipndm_v", order, 4, (1, 2, 3, 4), len(times) - 1)
-    return deis(schedule, times, order=min(order, len(times) - 1), coordinate="rho")
+    table = deis(schedule, times, order=min(order, len(times) - 1), coordinate="rho")
+    if third == "exact":
+        return table
+    for step, row in enumerate(table):
+        names = multistep.ring(step, min(order, len(times) - 1) - 1, "E")[:order]
+        if len(names) == 3 and all(name in row.outputs["x"] for name in names):
+            table[step] = dataclasses.replace(
+                row, outputs={**row.outputs, "x": _misplaced(schedule, times, step, names)}
+            )
+    return table
+
+
+def _misplaced(schedule: Schedule, times: Sequence[float], step: int, names: Sequence[str]) -> dict[str, float]:
+    """Terms of the published third order, with (1 - a b)/2 for (1 - a) b/2 in its correction."""
+    rho = [schedule.ratio(t) for t in times[step - 2 : step + 2]]
+    two_back, back, ahead = (after - before for before, after in itertools.pairwise(rho))
+    slope = 0.5 * ahead / back
+    share = ahead / (3.0 * (ahead + back)) * (ahead * (ahead + back)) / (back * (back + two_back))
+    bend = 0.5 * (1.0 - share)
+    weights = (1.0 + slope + bend, -slope - (1.0 + back / two_back) * bend, bend * back / two_back)
+    keep = schedule.alpha(times[step + 1]) / schedule.alpha(times[step])
+    return {"x": keep, **{name: schedule.alpha(times[step + 1]) * ahead * w for name, w in zip(names, weights)}}
 
 
 def adams(schedule: Schedule, t: float, s: float, estimates: Mapping[str, float], coordinate: str) -> dict[str, float]:

@@ -44,12 +44,12 @@ def flow_shift(
     lowest: float | None = None,
     end: float | None = None,
 ) -> list[float]:
-    """Levels from 1 to `lowest` (1/steps), each moved to s u/(1 + (s - 1) u), and then the end (2403.03206, eq. 23).
+    """Flow levels shifted once (SD3), by image size (Flux), or to a terminal level (LTX) (2403.03206, eq. 23).
 
-    s is `shift` (3 in SD3), or e^mu ("exponential"; mu itself for `form` "linear") with `mu` given or, from
-    `image_length`, the number of image tokens, by `dynamic_shift` (Flux); by default the flow schedule's own. It is
-    applied once, whatever the schedule's own shift. `terminal` stretches 1 - level so that the last level before the
-    end is this (LTX: 0.1).
+    Levels u from 1 to `lowest` (1/steps), each moved to s u/(1 + (s - 1) u), and then the end. s is `shift` (3 in SD3),
+    or e^mu ("exponential"; mu itself for `form` "linear") with `mu` given or, from `image_length`, the number of image
+    tokens, by `dynamic_shift` (Flux); by default the flow schedule's own. It is applied once, whatever the schedule's
+    own shift. `terminal` stretches 1 - level so that the last level before the end is this (LTX: 0.1).
     """
     given = {"shift": shift, "mu": mu, "image_length": image_length}
     named = [name for name, value in given.items() if value is not None]
@@ -87,8 +87,9 @@ def linear_quadratic(
     linear_steps: int | None = None,
     end: float | None = None,
 ) -> list[float]:
-    """1 - level rises linearly to `threshold` over the first half (or `linear_steps`), then quadratically to 1: Movie
-    Gen's, 2410.13720, as Mochi and LTX-Video take it.
+    """Small even steps, then growing ones: Movie Gen's (2410.13720), as Mochi and LTX-Video take it.
+
+    1 - level rises linearly to `threshold` over the first half (or `linear_steps`), then quadratically to 1.
     """
     linear = steps // 2 if linear_steps is None else linear_steps
     if isinstance(linear, bool) or not isinstance(linear, int) or not 0 <= linear < max(steps, 1):

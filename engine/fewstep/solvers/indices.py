@@ -67,9 +67,10 @@ def cm(
     rho: float = 7.0,
     end: float | None = None,
 ) -> list[float]:
-    """Consistency models' times: of the `train_steps` Karras levels they are trained between, counted from t_max, every
-    (train_steps // steps)-th, or those `picked`: [0, 22] on ImageNet-64, [0, 17] on LSUN (2303.01469, appendix C;
-    diffusers' CMStochasticIterativeScheduler).
+    """Consistency models' sampling times, of the levels they are trained between (2303.01469, appendix C).
+
+    Of `train_steps` Karras levels, counted from t_max, every (train_steps // steps)-th, as in diffusers'
+    CMStochasticIterativeScheduler, or those `picked`: [0, 22] on ImageNet-64, [0, 17] on LSUN.
     """
     if train_steps < max(steps, 2):
         raise UserError(f"grid 'cm' got train_steps={train_steps!r} for {steps} steps; give at least {max(steps, 2)}.")

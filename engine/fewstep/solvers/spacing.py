@@ -225,8 +225,9 @@ def kl_optimal(
     zero: str = "append",
     data_std: float = 1.0,
 ) -> list[float]:
-    """Linear in the angle atan(sigma/(alpha data_std)): what Align-Your-Steps finds for Gaussian data of that standard
-    deviation, in closed form (2404.14507, section 3; ComfyUI's "kl_optimal" has 1).
+    """Linear in the angle atan(sigma/(alpha data_std)); Align-Your-Steps in closed form (2404.14507, section 3).
+
+    It is what they find for Gaussian data of that standard deviation; ComfyUI's "kl_optimal" has 1.
     """
     _positive("kl_optimal", "data_std", data_std)
     return _laid(schedule, steps, start, end, zero, _angular(schedule, data_std))
@@ -249,10 +250,10 @@ def scm(
     middle: float | None = 1.3,
     sigma_data: float | None = None,
 ) -> list[float]:
-    """sCM's times: linear in TrigFlow's angle atan(sigma/(alpha sigma_data)), but for two steps, where the second is at
-    the angle `middle`: 1.3 in SANA-Sprint and diffusers, 1.1 in 2410.11081, None for half way.
+    """sCM's times, linear in TrigFlow's angle atan(sigma/(alpha sigma_data)) (2410.11081).
 
-    `sigma_data` is the trigflow schedule's, 0.5 on the others.
+    Of two steps the second is at the angle `middle`: 1.3 in SANA-Sprint and diffusers, 1.1 in the paper, None for half
+    way. `sigma_data` is the trigflow schedule's, 0.5 on the others.
     """
     scale = float(getattr(schedule, "sigma_data", 0.5)) if sigma_data is None else float(sigma_data)
     _positive("scm", "sigma_data", scale)
