@@ -16,6 +16,7 @@ whatever the number of updates: a step d costs a variance of at most |d| ulp, an
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -106,6 +107,12 @@ def fits(average: Tensor, parameter: Tensor) -> bool:
     return average.stride() == parameter.stride() and is_dense(parameter.shape, parameter.stride())
 
 
+def _all_plain(averages: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
+    """Whether flat loops run over all of them, at a glance."""
+    every = (*averages, *parameters)
+    return {x.dtype for x in every} <= native.DTYPES.keys() and all(map(Tensor.is_contiguous, every))
+
+
 def _call_c(
     profiles: Sequence[Sequence[Tensor]],
     parameters: Sequence[Tensor],
@@ -114,19 +121,20 @@ def _call_c(
     seed: int | None,
     update: Scalar,
 ) -> None:
-    values: list[int] = []
-    dtypes = native.DTYPES
-    for i, parameter in enumerate(parameters):
-        values += (parameter.data_ptr(), dtypes[parameter.dtype], parameter.numel(), starts[i])
-        for averages in profiles:
-            average = averages[i]
-            values += (average.data_ptr(), dtypes[average.dtype])
+    width, dtypes = 4 + 2 * len(profiles), native.DTYPES
+    values = array("q", bytes(8 * width * len(parameters)))
+    columns = [[x.data_ptr() for x in parameters], [dtypes[x.dtype] for x in parameters]]
+    columns += [[x.numel() for x in parameters], starts]
+    for averages in profiles:
+        columns += [[x.data_ptr() for x in averages], [dtypes[x.dtype] for x in averages]]
+    for place, column in enumerate(columns):
+        values[place::width] = array("q", column)
     native.call(
         "ema_update",
         parameters[0],
         len(parameters),
         len(profiles),
-        native.table(values),
+        values.buffer_info()[0],
         native.scalars(decays),
         None if seed is None else ctypes.byref(ctypes.c_int64(seed)),
         None if seed is None else native.scalars([update]),
@@ -148,9 +156,14 @@ def _move(
     profiles = [averages[k * count : (k + 1) * count] for k in range(len(decays))]
     rates = given_scalars(decays, on_device)
     number = update if update_on_device is None else update_on_device
+    devices = [parameter.device for parameter in parameters]
+    served = len(set(devices)) == 1 and backends.choose("ema_update", devices[0].type)[0] != "reference"
+    if served and _all_plain(averages, parameters):
+        _call_c(profiles, parameters, rates, origins, seed, number)
+        return
     groups: dict[torch.device, list[int]] = {}
-    for i, parameter in enumerate(parameters):
-        groups.setdefault(parameter.device, []).append(i)
+    for i, device in enumerate(devices):
+        groups.setdefault(device, []).append(i)
     for device, members in groups.items():
         fast: list[int] = []
         if backends.choose("ema_update", device.type)[0] != "reference":
@@ -215,17 +228,14 @@ def check_scalar(name: str, value: Scalar, device: torch.device, least: float, m
 
 def check_averages(profiles: Sequence[Sequence[Tensor]], parameters: Sequence[Tensor]) -> None:
     """Raise ValueError unless every profile holds one average for each parameter, of its shape, on its device."""
+    shapes, devices = [x.shape for x in parameters], [x.device for x in parameters]
     for profile in profiles:
         if len(profile) != len(parameters):
             raise ValueError(f"ema_update got {len(profile)} averages for {len(parameters)} parameters.")
-        for average, parameter in zip(profile, parameters):
-            if (
-                not isinstance(average, Tensor)
-                or average.shape != parameter.shape
-                or average.device != parameter.device
-            ):
+        for average, shape, device in zip(profile, shapes, devices):
+            if not isinstance(average, Tensor) or average.shape != shape or average.device != device:
                 given = list(average.shape) if isinstance(average, Tensor) else type(average).__name__
-                raise ValueError(f"an average must match its parameter {list(parameter.shape)}; got {given}.")
+                raise ValueError(f"an average must match its parameter {list(shape)}; got {given}.")
 
 
 @torch.no_grad()
@@ -263,7 +273,7 @@ def ema_update(
         check_scalar("decay", rate, parameters[0].device, 0.0, 1.0)
     check_averages(profiles, parameters)
     starts = element_origins(parameters) if origins is None else list(origins)
-    if len(starts) != len(parameters) or any(start % _ROOM or start < 0 for start in starts):
+    if origins is not None and (len(starts) != len(parameters) or any(start % _ROOM or start < 0 for start in starts)):
         raise ValueError(f"origins must hold a multiple of 8 for each of {len(parameters)} parameters; got {starts}.")
     numbers, on_device = taken_scalars(decays)
     number, number_on_device = (0, update) if isinstance(update, Tensor) else (update, None)
