@@ -124,7 +124,7 @@ def _call_c(
     width, dtypes = 4 + 2 * len(profiles), native.DTYPES
     values = array("q", bytes(8 * width * len(parameters)))
     columns = [[x.data_ptr() for x in parameters], [dtypes[x.dtype] for x in parameters]]
-    columns += [[x.numel() for x in parameters], starts]
+    columns += [[x.numel() for x in parameters], [*starts]]
     for averages in profiles:
         columns += [[x.data_ptr() for x in averages], [dtypes[x.dtype] for x in averages]]
     for place, column in enumerate(columns):
