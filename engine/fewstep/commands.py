@@ -218,26 +218,23 @@ def demo(arguments: argparse.Namespace) -> None:
 
 
 def methods(arguments: argparse.Namespace) -> None:
-    from fewstep import methods
+    from fewstep import columns, methods
 
+    size = max(map(len, methods.names()))
     for name in methods.names():
         method = methods.get(name)
-        first_line = (method.__doc__ or "").strip().splitlines()[0]
         module = sys.modules[method.__module__]
-        source = (module.__doc__ or "").strip().splitlines()[0]
-        print(f"{name:26} {first_line}\n{'':26} {source}\n{'':26} {_shown_path(module.__file__)}")
+        about = [(text or "").strip().splitlines()[0] for text in (method.__doc__, module.__doc__)]
+        rows = zip((name.ljust(size), "", ""), (*about, _shown_path(module.__file__)))
+        print("\n".join(columns.aligned(list(rows), indent=0)))
 
 
 def solvers(arguments: argparse.Namespace) -> None:
-    from fewstep import solvers
-
-    for name, line in solvers.describe().items():
-        print(f"{name:14} {line}")
+    from fewstep import columns, solvers
     from fewstep.solvers import grids
 
-    print("\ntime grids")
-    for name, line in grids.describe().items():
-        print(f"{name:18} {line}")
+    print("solvers\n" + "\n".join(columns.aligned(list(solvers.describe().items()))))
+    print("time grids\n" + "\n".join(columns.aligned(list(grids.describe().items()))))
 
 
 def doctor(arguments: argparse.Namespace) -> None:

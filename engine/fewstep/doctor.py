@@ -6,11 +6,14 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import textwrap
 import time
+from collections.abc import Sequence
 
 import torch
 
 import fewstep_kernels
+from fewstep import columns
 from fewstep_kernels.self_test import ALLOWED, Check
 
 # distribution name -> (what it is for, how to install it)
@@ -79,33 +82,31 @@ def self_test() -> tuple[str, list[str]]:
     for check in checks:
         rows.setdefault(check.operator, []).append(check)
     several = len({check.device for check in checks}) > 1
-    lines = [
-        f"self-test in {seconds:.1f} s: largest error against float64, of the largest value ({ALLOWED:.0e} allowed)"
-    ]
-    for operator, found in rows.items():
-        cells = (
+    title = f"self-test in {seconds:.1f} s: largest error against float64, of the largest value ({ALLOWED:.0e} allowed)"
+    lines = textwrap.wrap(title, columns.width())
+    cells = {
+        operator: ", ".join(
             f"{check.backend}{' on ' + check.device if several else ''} "
             + ("FAILED" if check.problem else f"{check.error:.1e}")
             for check in found
         )
-        lines.append(f"  {operator:20} {', '.join(cells)}")
+        for operator, found in rows.items()
+    }
+    lines += columns.aligned(list(cells.items()))
     return "\n".join(lines), [check.problem for check in checks if check.problem]
 
 
 def report() -> str:
-    """The page `fewstep doctor` prints before the self-test."""
-    lines = ["machine"]
-    lines += [f"  {key:14} {value}" for key, value in machine().items()]
-    lines += [f"  {'threads':14} {torch.get_num_threads()}", "versions"]
-    lines += [f"  {key:28} {value}" for key, value in versions().items()]
-    lines.append("compilers")
-    for tool in ("g++", "nvcc"):
-        lines.append(f"  {tool:14} {shutil.which(tool) or 'not found'}")
-    lines.append("operators (override with FEWSTEP_KERNELS=reference|cpu|triton|cuda)")
-    for row in fewstep_kernels.report():
-        lines.append(f"  {row['operator']:20} {row['backend']:10} {row['why']}")
-    missing = [(name, *OPTIONAL[name]) for name in OPTIONAL if version_of(name) is None]
-    if missing:
-        lines.append("optional packages that are not installed")
-        lines += [f"  {name:28} {purpose}: {how}" for name, purpose, how in missing]
-    return "\n".join(lines)
+    """The page `fewstep doctor` prints before the self-test, as wide as the terminal."""
+    about = [(key, str(value)) for key, value in machine().items()]
+    tools = [(tool, shutil.which(tool) or "not found") for tool in ("g++", "nvcc")]
+    operators = [(row["operator"], row["backend"], row["why"]) for row in fewstep_kernels.report()]
+    missing = [(name, "{}: {}".format(*OPTIONAL[name])) for name in OPTIONAL if version_of(name) is None]
+    sections: list[tuple[str, Sequence[Sequence[str]]]] = [
+        ("machine", [*about, ("threads", str(torch.get_num_threads()))]),
+        ("versions", list(versions().items())),
+        ("compilers", tools),
+        ("operators (override with FEWSTEP_KERNELS=reference|cpu|triton|cuda)", operators),
+        ("optional packages that are not installed", missing),
+    ]
+    return "\n".join("\n".join([title, *columns.aligned(rows)]) for title, rows in sections if rows)
