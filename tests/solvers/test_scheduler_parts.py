@@ -121,7 +121,7 @@ def test_a_learned_variance_in_diffusers_own_pipeline():
     pictures = []
     for scheduler in (theirs, ours):
         pipeline = diffusers.DDPMPipeline(unet, scheduler)
-        pipeline.scheduler = scheduler  # the pipeline remakes what it is given as a DDPMScheduler
+        assert pipeline.scheduler is scheduler
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
         drawn = pipeline(2, num_inference_steps=6, generator=generator, output_type="np").images
