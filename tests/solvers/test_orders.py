@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -187,3 +188,15 @@ def test_singlestep_on_the_grids_own_times_keeps_order_three_only_where_lambda_i
         plan = solvers.plan("dpmpp_3s", schedule, steps, grid=[first, *inside, last], prediction="v", inner="grid")
         found.append(float((solvers.sample(teacher, plan, noise) - exact).abs().max()))
     assert math.log2(found[0] / found[1]) == pytest.approx(order, abs=0.15)
+
+
+def test_the_page_shows_the_orders_measured_here():
+    """docs/solvers.md; where it does not: python -m tests.solvers.orders_page."""
+    from tests.solvers import orders_page
+
+    number = re.compile(r"-?\d+\.\d\d(?= \|)")
+    for name, made in orders_page.REGIONS.items():
+        for here, there in zip(orders_page.written(name), made(), strict=True):
+            assert number.sub("", here) == number.sub("", there)
+            orders = [[float(value) for value in number.findall(row)] for row in (here, there)]
+            assert orders[0] == pytest.approx(orders[1], abs=0.021), here  # libraries round differently
