@@ -139,6 +139,10 @@ def test_an_unknown_format_version_is_refused(folder):
         ({"surprise": 1}, "surprise"),
         ({"files": {"../weights.safetensors": {"sha256": "0" * 64, "bytes": 1}}}, "outside"),
         ({"plans": {"1": {"format": "other"}}}, "other"),
+        ({"image_shape": [1, -8, 8]}, "image_shape"),
+        ({"image_shape": [3, 8, 8]}, "channels of its network is 1"),
+        ({"image_shape": [1, 16, 16]}, "image_size of its network is 8"),
+        ({"classes": 3}, "classes of its network is 10"),
     ],
 )
 def test_a_manifest_that_makes_no_sense_is_refused(folder, changes, word):

@@ -17,7 +17,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -55,7 +55,7 @@ class _Manifest(BaseModel):
     schedule: dict[str, Any]
     prediction: dict[str, Any]
     plans: dict[str, dict[str, Any]]
-    image_shape: list[int] = Field(min_length=1)
+    image_shape: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
     classes: int | None = Field(ge=1)
     provenance: dict[str, Any]
     files: dict[str, _File]
@@ -178,6 +178,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Ar
         plans = {int(steps): Plan.from_json(json.dumps(plan)) for steps, plan in content.plans.items()}
         net = nets.build(content.network)
         net.load_state_dict(load_file(folder / WEIGHTS))
+        _agree(content)
     except UserError:
         raise
     except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
@@ -197,6 +198,14 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Ar
         digest=content.sha256,
         fewstep=content.fewstep,
     )
+
+
+def _agree(content: _Manifest) -> None:
+    """Raises ValueError where the images or classes it tells of are not those its network is made for."""
+    told = {"channels": content.image_shape[0], "image_size": content.image_shape[-1], "classes": content.classes}
+    for key, value in told.items():
+        if value is not None and content.network.get(key, value) != value:
+            raise ValueError(f"{key} of its network is {content.network[key]} and its images and classes say {value}")
 
 
 def _read_manifest(folder: Path) -> _Manifest:

@@ -120,6 +120,12 @@ def test_only_the_last_ones_are_kept(tmp_path):
     assert [step for step, _ in checkpoint.listed(tmp_path / "checkpoints")] == [4, 5, 6]
 
 
+def test_a_finished_run_says_that_it_is(tmp_path, capsys):
+    trainer(tmp_path, updates=2).fit()
+    trainer(tmp_path, updates=2, resume=True).fit()
+    assert "small: all 2 updates are done" in capsys.readouterr().err
+
+
 def test_resuming_without_a_checkpoint_starts_at_the_beginning_and_says_so(tmp_path, capsys):
     run = trainer(tmp_path, resume=True, updates=1)
     run.fit()

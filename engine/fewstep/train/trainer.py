@@ -190,6 +190,8 @@ class Trainer:
         return self.skipped_before
 
     def _announcement(self, total: int) -> str:
+        if self.step >= total:
+            return f"{self.recipe.name}: all {total} updates are done; nothing is left to train"
         names = " and ".join(f"{name} ({count:,} parameters)" for name, count in self._sizes.items())
         places = (
             f"{self.strategy.world} x {self.strategy.device.type}" if self.strategy.world > 1 else self.strategy.device
