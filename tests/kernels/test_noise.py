@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.func import grad, jvp, vjp, vmap
 
 from fewstep_kernels import backend, lincomb, native, normal, uniform
 from fewstep_kernels.noise import normal_reference, philox, uniform_reference
@@ -149,6 +150,18 @@ def test_shapes():
 def test_what_does_not_fit_is_said(seeds, options, words):
     with pytest.raises((TypeError, ValueError), match=words):
         normal(seeds, (3,), **options)
+
+
+@pytest.mark.parametrize("draw", (normal, uniform))
+def test_transforms_draw_the_same_bits(draw):
+    seeds, x = SEEDS[:3], torch.randn(3, 5)
+    expected = draw(seeds, (5,), stream=2)
+    assert torch.equal(vmap(lambda seed: draw(seed[None], (5,), stream=2)[0])(seeds), expected)
+    assert torch.equal(vmap(lambda x: x * 0 + draw(seeds, (5,), stream=2), out_dims=0)(x), expected.expand(3, 3, 5))
+    assert torch.equal(grad(lambda x: (x * draw(seeds, (5,), stream=2)).sum())(x), expected)
+    assert torch.equal(jvp(lambda x: x * draw(seeds, (5,), stream=2), (x,), (torch.ones_like(x),))[1], expected)
+    pulled = vjp(lambda x: x * draw(seeds, (5,), stream=2), x)[1]
+    assert torch.equal(vmap(pulled)(torch.ones(2, 3, 5))[0], expected.expand(2, 3, 5))
 
 
 def test_opcheck():
