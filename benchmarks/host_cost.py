@@ -2,12 +2,13 @@
 
     OMP_NUM_THREADS=1 python benchmarks/host_cost.py
 
-Writes benchmarks/results/host_cost.json: microseconds, median and first percentile, candidates in turns. Tensors are so
-small that the arithmetic is a fraction of a microsecond. Calls: K = 5 inputs, M = 3 outputs, inference mode, out=
-given. The Triton figure is the host's part alone: everything up to the driver's launch function, which is replaced by
-one that does nothing (this needs no GPU, and says nothing about one). Stages: `fewstep.sample` of linear plans at batch
-1 with a network that answers from memory; the cost of a stage is the slope between 4 and 20 steps less the network's
-own call, that of a run is what remains. Results are checked before they are timed.
+Writes benchmarks/results/host_cost.json and its table in docs/kernels.md: microseconds, median and first percentile,
+candidates in turns. Tensors are so small that the arithmetic is a fraction of a microsecond. Calls: K = 5 inputs, M = 3
+outputs, inference mode, out= given. The Triton figure is the host's part alone: everything up to the driver's launch
+function, which is replaced by one that does nothing (this needs no GPU, and says nothing about one). Stages:
+`fewstep.sample` of linear plans at batch 1 with a network that answers from memory; the cost of a stage is the slope
+between 4 and 20 steps less the network's own call, that of a run is what remains. Results are checked before they are
+timed.
 """
 
 from __future__ import annotations
@@ -213,6 +214,7 @@ def main() -> None:
     report = {"benchmark": "host_cost", "date": date, "machine": machine(), "versions": versions()}
     report |= {"unit": "microseconds", "targets": {"ctypes": 10, "Triton": 25, "stage_beyond_network": 30}}
     RESULTS.write_text(json.dumps(report | {"calls": found, "stages": rows}, indent=1) + "\n", encoding="utf-8")
+    subprocess.run([sys.executable, str(Path(__file__).parent / "kernels" / "page.py")], check=True)
 
 
 if __name__ == "__main__":
