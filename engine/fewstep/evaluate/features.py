@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fewstep.data import cache
 from fewstep.data.digits import CLASSES, SPLIT_SEED, digits
+from fewstep.errors import UserError
 
 DIMENSIONS = 64
 RECIPE: dict[str, Any] = {
@@ -124,5 +125,10 @@ def _one_thread() -> Iterator[None]:
 
 def _save(network: DigitClassifier, file: Path) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file(network.state_dict(), partial)
-    os.replace(partial, file)
+    try:
+        save_file(network.state_dict(), partial)
+        os.replace(partial, file)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot keep the classifier in {file.parent}: {reason}; set FEWSTEP_CACHE.") from None

@@ -71,11 +71,10 @@ class KeptImages:
         try:
             save_file({"images": images.contiguous()}, part, metadata=about)
             os.replace(part, path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             part.unlink(missing_ok=True)
-            raise UserError(
-                f"cannot keep images in {self.folder}: {error.strerror or error}; choose another."
-            ) from None
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot keep images in {self.folder}: {reason}; choose another.") from None
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name.replace('/', '_')}.safetensors"

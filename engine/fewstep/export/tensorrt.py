@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -72,6 +73,9 @@ def build_engine(
         os.replace(beside, target)
     except OSError as error:
         raise UserError(f"cannot write {str(target)!r} ({error.strerror}); give a writable path.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
     return Engine(target, len(content), name, trt.__version__, seconds, built_for, (least, best, most), log.warnings())
 
 

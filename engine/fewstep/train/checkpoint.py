@@ -24,6 +24,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 
 STATE, MANIFEST = "state.json", "manifest.json"
+PARTIAL = ".partial"
 FORMAT = 1
 
 
@@ -40,11 +41,15 @@ class Checkpoint:
 
 
 def write(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder/step_<step>` completely or not at all, then remove all but the last `keep`. Raises `UserError`."""
+    """Write `folder/step_<step>` completely or not at all, then remove all but the last `keep` up to it.
+
+    What was left by a process that was killed while writing is removed too. Raises `UserError`.
+    """
     final = folder / f"step_{step:06d}"
-    beside = folder / f".{final.name}.partial"
+    beside = folder / f".{final.name}{PARTIAL}"
     try:
-        shutil.rmtree(beside, ignore_errors=True)
+        for leftover in folder.glob(f".step_*{PARTIAL}"):
+            shutil.rmtree(leftover, ignore_errors=True)
         beside.mkdir(parents=True)
         for name, tensors in checkpoint.parts.items():
             save_file({key: value.contiguous() for key, value in tensors.items()}, beside / f"{name}.safetensors")
@@ -59,10 +64,12 @@ def write(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
             shutil.rmtree(final)
         os.replace(beside, final)
         _flush(folder)
-        for _, path in listed(folder)[:-keep]:
+        written = [path for number, path in listed(folder) if number <= step]  # later ones are damaged: no reserve
+        for path in written[:-keep]:
             shutil.rmtree(path, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write the checkpoint {final}: {error.strerror or error}.") from None
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise UserError(f"cannot write the checkpoint {final}: {getattr(error, 'strerror', None) or error}.") from None
     return final
 
 
