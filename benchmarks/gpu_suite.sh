@@ -9,12 +9,14 @@
 #   benchmarks/gpu_suite.sh all                build, test, sync, graph, bench
 #
 # --dry-run before the stage tries it on the CPU, small: for errors, not for numbers. PYTHON (python3, or .venv's) runs
-# it from the sources, installed or not; logs and results go to OUT (benchmarks/results).
+# it from the sources, installed or not; results go to OUT (benchmarks/results; build/dry_run in a dry run). Where nothing
+# can be downloaded, WHEELS names a folder of wheels to use (pip download --no-deps -d FOLDER jvp_flash_attention).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 device=cuda
 extra=()
+parallel=()
 if [ "${1:-}" = "--dry-run" ]; then
     device=cpu
     extra=(--small)
@@ -27,9 +29,15 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
     [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
 fi
-OUT=${OUT:-benchmarks/results}
+results=benchmarks/results
+[ "$device" = cpu ] && results=build/dry_run
+OUT=${OUT:-$results}
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD/engine:$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+if [ -n "${WHEELS:-}" ]; then
+    "$PYTHON" -m pip install -q --no-index --no-deps --upgrade --target build/wheels "$WHEELS"/*.whl
+    export PYTHONPATH="$PYTHONPATH:$PWD/build/wheels"
+fi
 # compiled Triton and Inductor kernels are kept between calls, beside the tests' own cache
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/.cache/triton}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/.cache/inductor}
@@ -52,7 +60,9 @@ tests() {
         # collected and its imports done; the tests of the kernels themselves are tried by FEWSTEP_TEST_DEVICE=cpu
         "$PYTHON" -m pytest -q --collect-only -m gpu tests/kernels "$@" | tail -n 3
     else
-        "$PYTHON" -m pytest -q -m gpu tests/kernels "$@"
+        # some hundred kernels are compiled, which takes minutes on one core
+        "$PYTHON" -c "import xdist" 2>/dev/null && parallel=(-n 6)
+        "$PYTHON" -m pytest -q -m gpu tests/kernels "${parallel[@]}" "$@"
         "$PYTHON" -m pytest -q tests/kernels/test_self_test.py tests/kernels/test_backends.py
     fi
 }
@@ -72,7 +82,7 @@ all)
     done
     ;;
 *)
-    sed -n '2,13s/^# \{0,1\}//p' "$0"
+    sed -n '2,14s/^# \{0,1\}//p' "$0"
     [ "$stage" = help ] || { echo "gpu_suite.sh: unknown stage '$stage'; choose build, test, sync, graph, bench or all." >&2; exit 2; }
     ;;
 esac
