@@ -67,6 +67,14 @@ def test_a_loader_resumes_in_the_middle_of_an_epoch(folder):
             assert same(next(straight), next(resumed))
 
 
+def test_loaders_draw_nothing_from_torchs_generator(folder):
+    """Else the dropout masks of the first update after resuming differ from those of a run that was not cut."""
+    for each in loaders(folder):
+        state = torch.get_rng_state()
+        next(each)
+        assert torch.equal(torch.get_rng_state(), state), each.kind
+
+
 def test_any_loader_goes_on_where_another_stopped_on_another_number_of_ranks(folder):
     pytest.importorskip("nvidia.dali")
     one = {"source": folder}, {"source": folder, "loader": "dali"}

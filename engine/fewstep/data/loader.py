@@ -137,6 +137,7 @@ class TorchLoader(Loader):
                     else None,  # a fork hung beside live DALI threads
                     collate_fn=_stack,
                     pin_memory=self.device.type == "cuda",
+                    generator=torch.Generator(),  # torch's own is for dropout: a resumed run draws the same masks
                 )
             )
         pixels = next(self._batches)

@@ -70,6 +70,7 @@ def save(run: Trainer) -> Path:
         "engines": {name: engine.updates for name, engine in run.engines.items()},
         "averages": run.averages.state(),
         "replaced": sorted(run.replaced),
+        "teacher": _teacher(run),
         "data": run.loader.state(),
         "method": method_state,
         "means": _means(run),
@@ -84,7 +85,14 @@ def save(run: Trainer) -> Path:
 
 
 def restore_modules(run: Trainer, found: Checkpoint) -> None:
-    """The networks' weights; before anything is sharded."""
+    """The networks' weights; before anything is sharded. Raises `UserError` where they are of other networks."""
+    then, now = found.state.get("teacher"), _teacher(run)
+    if then and now and then != now:
+        raise UserError(
+            f"the teacher {run.provenance['teacher']['path']} is not the one of the checkpoint of update "
+            f"{found.state['step']}, its weights or plans have changed; put that one back or start again without "
+            "--resume."
+        )
     run.replaced = set(found.state["replaced"])
     for name in _changing(run):
         part = f"network.{name}"
@@ -131,6 +139,12 @@ def _means(run: Trainer) -> dict[str, tuple[list[float], float, bool]]:
     sums[strategy.rank] = torch.tensor([total for total, _, _ in partial.values()], dtype=torch.float64)
     columns = (strategy.mean(sums) * strategy.world).T.tolist()
     return {name: (column, *rest) for column, (name, (_, *rest)) in zip(columns, partial.items())}  # type: ignore[misc]
+
+
+def _teacher(run: Trainer) -> str | None:
+    """The SHA-256 of the artefact that is distilled, where there is one."""
+    digest = run.provenance.get("teacher", {}).get("sha256")
+    return None if digest is None else str(digest)
 
 
 def _changing(run: Trainer) -> list[str]:
