@@ -8,6 +8,7 @@ import torch
 import fewstep_kernels as fk
 from fewstep.errors import UserError
 from fewstep.runtime import Student, load
+from fewstep.runtime.student import KEPT_PLANS
 
 # float32 sums in another order at another batch size: a few ulp of values of order 1
 SAME_IMAGE = 1e-5
@@ -186,3 +187,10 @@ def test_a_student_keeps_its_solver_steps_and_guidance_but_may_be_asked_at_other
     ):
         with pytest.raises(UserError, match=words):
             student.plan(**{"steps": 4, **options})
+
+
+def test_a_teacher_asked_for_many_guidances_keeps_few_plans(teacher):
+    for number in range(KEPT_PLANS + 10):
+        teacher.plan(2, 1.5 + number / 100)
+    assert len(teacher._plans) <= KEPT_PLANS
+    assert teacher.plan(2, 1.5 + (KEPT_PLANS + 9) / 100) is teacher.plan(2, 1.5 + (KEPT_PLANS + 9) / 100)

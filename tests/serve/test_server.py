@@ -187,6 +187,17 @@ def test_the_event_loop_answers_while_the_model_runs(client, student, monkeypatc
         assert drawing.result().status_code == 200
 
 
+@pytest.mark.parametrize("accept", ["image/png", "application/json"])
+def test_pictures_are_encoded_outside_the_event_loop(client, monkeypatch, accept):
+    threads = []
+    real = app_module.images.png
+    monkeypatch.setattr(
+        app_module.images, "png", lambda drawn: threads.append(threading.current_thread().name) or real(drawn)
+    )
+    assert client.post(GENERATE, json={"prompt": "7", "n": 2}, headers={"accept": accept}).status_code == 200
+    assert threads and all(name.startswith("fewstep-model") for name in threads)
+
+
 def test_more_waiting_requests_than_allowed_are_503(client, student, monkeypatch):
     monkeypatch.setattr(app_module, "MOST_WAITING", 1)
     begun, finish = threading.Event(), threading.Event()

@@ -19,6 +19,7 @@ from fewstep.solvers.grids import Grid
 
 LARGEST_SEED = 2**63 - 1
 MOST_STEPS = 1000
+KEPT_PLANS = 64
 TEACHER_SOLVER = "heun"  # where a teacher's artefact records no plan
 
 
@@ -109,9 +110,11 @@ class Student:
         if guidance is not None and guidance != 1.0 and self.classes is None:
             raise UserError(f"guidance is {guidance}, but this teacher knows no classes; leave guidance out.")
         key = repr((steps, guidance, grid, solver))
-        if key not in self._plans:
-            self._plans[key] = self._build(steps, guidance, grid, solver)
-        return self._plans[key]
+        plan = self._plans.get(key) or self._build(steps, guidance, grid, solver)
+        self._plans[key] = plan
+        for oldest in list(self._plans)[:-KEPT_PLANS]:  # a server may be asked for any guidance there is
+            self._plans.pop(oldest, None)
+        return plan
 
     def _build(self, steps: int, guidance: Any, grid: Grid | None, solver: str | None) -> Plan:
         """The recorded solver and options (the nearest plan's) with what was asked for in their place."""

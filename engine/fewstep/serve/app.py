@@ -16,8 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-
 from fewstep.errors import UserError
 from fewstep.runtime import images
 from fewstep.runtime.student import Student
@@ -66,29 +64,29 @@ def create_app(student: Student, name: str = "fewstep") -> FastAPI:
 
     app = FastAPI(title="fewstep", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
-    async def drawn(order: _Order) -> list[Image.Image]:
+    async def drawn(order: _Order, as_sheet: bool) -> list[bytes]:
         nonlocal waiting
         if waiting >= MOST_WAITING:
             raise HTTPException(503, f"{MOST_WAITING} requests are waiting already; try again in a moment.")
         waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(worker, _draw, student, order)
+            return await asyncio.get_running_loop().run_in_executor(worker, _draw, student, order, as_sheet)
         finally:
             waiting -= 1
 
     @app.post("/v1/images/generations")
     async def generate(request: Request) -> Response:
         order = _order(student, name, schema.parse(await _body(request)))
+        as_sheet = "image/png" in request.headers.get("accept", "")
         begun = time.perf_counter()
-        pictures = await drawn(order)
+        pictures = await drawn(order, as_sheet)
         seconds = time.perf_counter() - begun
-        if "image/png" in request.headers.get("accept", ""):
-            sheet = pictures[0] if len(pictures) == 1 else images.side_by_side(pictures)
+        if as_sheet:
             headers = {"x-fewstep-seeds": ",".join(map(str, order.seeds)), "x-fewstep-seconds": f"{seconds:.4f}"}
-            return Response(images.png(sheet), media_type="image/png", headers=headers)
+            return Response(pictures[0], media_type="image/png", headers=headers)
         data = [
-            {"b64_json": base64.b64encode(images.png(drawing)).decode(), "seed": seed}
-            for drawing, seed in zip(pictures, order.seeds)
+            {"b64_json": base64.b64encode(content).decode(), "seed": seed}
+            for content, seed in zip(pictures, order.seeds)
         ]
         return JSONResponse({"created": int(time.time()), "data": data, "steps": order.steps, "seconds": seconds})
 
@@ -127,9 +125,12 @@ def create_app(student: Student, name: str = "fewstep") -> FastAPI:
     return app
 
 
-def _draw(student: Student, order: _Order) -> list[Image.Image]:
+def _draw(student: Student, order: _Order, as_sheet: bool) -> list[bytes]:
+    """The PNG of each image, or one of all: encoding 64 large pictures takes a second, so it is the worker's too."""
     drawn = student.sample(len(order.seeds), order.label, order.steps, order.seeds, order.guidance)
-    return [images.picture(image, order.size) for image in drawn]
+    if as_sheet and len(drawn) > 1:
+        return [images.png(images.side_by_side([images.picture(image, order.size) for image in drawn]))]
+    return [images.png(images.picture(image, order.size)) for image in drawn]
 
 
 def _order(student: Student, name: str, request: schema.GenerationRequest) -> _Order:
