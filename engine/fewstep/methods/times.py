@@ -38,7 +38,7 @@ class TimeLaw(MethodConfig):
 
     @model_validator(mode="after")
     def _in_order(self) -> TimeLaw:
-        if self.low >= self.high:
+        if self.low > self.high:
             raise UserError(f"low {self.low:g} is not below high {self.high:g}")
         return self
 
