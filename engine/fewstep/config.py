@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch.overrides import TorchFunctionMode
 
 from fewstep import methods, nets
 from fewstep.diffusion import prediction as predictions
@@ -237,9 +238,18 @@ def _method_config(section: Mapping[str, Any]) -> methods.MethodConfig:
     return _validated(methods.get(name).Config, options, "method")
 
 
+class _Undrawn(TorchFunctionMode):
+    """Fills no tensor with random numbers, for which torch would import its compiler on "meta"."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in {"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_"}:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def _tried(network: Mapping[str, Any]) -> None:
     """Build a network without making its weights."""
-    with torch.device("meta"), warnings.catch_warnings():
+    with torch.device("meta"), _Undrawn(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of layers without weights
         built = nets.build(network)
     empty = [name for name, parameter in built.named_parameters() if parameter.numel() == 0]

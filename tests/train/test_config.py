@@ -1,6 +1,8 @@
 """A bad recipe is one sentence with the dotted key, the value and what is allowed."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -162,3 +164,14 @@ def test_an_unreadable_recipe_is_one_sentence(tmp_path):
 def test_numbers_written_without_a_point_are_numbers(tmp_path):
     text = yaml.safe_dump(GOOD).replace("updates: 10", "updates: 10\n  optimizer: {lr: 1e-3}")
     assert load(tmp_path, text).train.optimizer.lr == 1e-3
+
+
+def test_reading_a_recipe_makes_no_weights_and_imports_no_compiler():
+    """2 CPU-seconds of every start; and a network too large for this machine may be trained on another."""
+    program = (
+        "import sys; from fewstep import config\n"
+        "recipe = config.load('recipes/digits_teacher.yaml', ['network.widths=[16, 400000]'])\n"
+        "assert 'torch._dynamo' not in sys.modules, 'torch._dynamo'"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

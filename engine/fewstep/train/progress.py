@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import sys
@@ -66,7 +67,9 @@ class Progress:
         self._began, self._start = time.monotonic(), start
         self._told, self._patience = self._began, FIRST_WORD
         self._bar: tqdm[Any] | None = None
+        self._folder = output / "tensorboard"
         self._board: Any = None
+        self._opened = False
         if not leads:
             return
         try:
@@ -76,7 +79,6 @@ class Progress:
             self._log = path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write to the output folder {output}: {error.strerror or error}.") from None
-        self._board = _board(output / "tensorboard", start)
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=start, desc=name, unit="update", dynamic_ncols=True, smoothing=0.1)
 
@@ -103,10 +105,11 @@ class Progress:
         }
         self._log.write(json.dumps(entry) + "\n")
         self._log.flush()
-        if self._board is not None:
+        board = self._tensorboard()
+        if board is not None:
             for key, value in entry.items():
                 if key not in {"update", "time", "seconds_left"}:
-                    self._board.add_scalar(key, value, step)
+                    board.add_scalar(key, value, step)
         shown = {key: f"{value:.4g}" for key, value in values.items() if key.startswith("loss/")}
         if self._bar is not None:
             self._bar.set_postfix({**shown, "MiB": f"{entry['memory_mib']:.0f}"})
@@ -126,11 +129,12 @@ class Progress:
 
     def image(self, step: int, path: Path) -> None:
         """Show a written PNG on the board."""
-        if self._board is not None:
+        board = self._tensorboard()
+        if board is not None:
             import numpy
             from PIL import Image
 
-            self._board.add_image("samples", numpy.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+            board.add_image("samples", numpy.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
 
     def say(self, sentence: str) -> None:
         """A line above the bar."""
@@ -144,6 +148,16 @@ class Progress:
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         unit = 2**20 if sys.platform == "darwin" else 2**10
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+    def _tensorboard(self) -> Any:
+        """The board's writer, opened when first needed (it takes a second); None where tensorboard is not installed."""
+        if self.leads and not self._opened:
+            self._opened = True
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(self._folder), purge_step=self._start + 1 if self._start else None)
+        return self._board
 
     def close(self) -> None:
         if self.leads:
@@ -165,14 +179,6 @@ def _keep_until(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue  # the last line of a run that was cut off, or damage
     path.write_text("".join(kept), encoding="utf-8")
-
-
-def _board(folder: Path, start: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
 
 def _clock(seconds: float) -> str:
