@@ -90,6 +90,7 @@ def execute(
     where it would start. gradient: through no stage, the last one run, or all. record: of "x", "denoised", "mean".
     checkpoint: recompute network calls in the backward pass instead of keeping their activations.
     """
+    _check(plan)
     if gradient not in ("none", "last", "all"):
         raise choose("gradient", gradient, ("none", "last", "all"))
     for name in record:
@@ -109,6 +110,11 @@ def execute(
     with torch.no_grad() if gradient == "none" else contextlib.nullcontext():
         given = (cond, uncond, seeds, negatives, others)
         return _run(plan, networks, noise, *given, start, stop, gradient, tuple(record), checkpoint)
+
+
+def _check(plan: Plan) -> None:
+    if not isinstance(plan, Plan):
+        raise UserError(f"the plan is {plan!r}; give one made by fewstep.solvers.plan(name, schedule, steps).")
 
 
 def _kept_inputs(stage: Stage) -> list[str]:
@@ -137,6 +143,7 @@ def _run(
     checkpoint: bool = False,
     answer: bool = True,
 ) -> Execution:
+    _check(plan)
     stop = len(plan.stages) if stop is None else stop
     stages = plan.stages[start:stop]
     calls = network_calls(plan, networks, start, stop)

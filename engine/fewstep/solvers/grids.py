@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError, choose
-from fewstep.solvers import flow_grids, grid_files, indices, spacing
+from fewstep.solvers import flow_grids, grid_files, indices, option_kinds, spacing
 
 Grid = str | Sequence[float] | Mapping[str, Any]
 
@@ -53,19 +54,22 @@ def times(grid: Grid | None, schedule: Schedule, steps: int, *, zero: str | None
     if isinstance(grid, str):
         grid = {"name": grid}
     if not isinstance(grid, Mapping):
+        if not hasattr(grid, "__iter__"):
+            raise UserError(f"the grid is {grid!r}; give a name, {{'name': name, option: value}}, or a list of times.")
         return _custom(list(grid), schedule, steps)
     options = dict(grid)
     name = options.pop("name", None)
-    if name not in _GRIDS:
+    if not isinstance(name, str) or name not in _GRIDS:
         raise choose("grid", name, _GRIDS)
     known = list(inspect.signature(_GRIDS[name]).parameters)[2:]
     for option in options:
         if option not in known:
             raise choose(f"option of grid {name!r},", option, known)
+    option_kinds.check(f"grid {name!r}", _GRIDS[name], options)
     if zero is not None and "zero" in known:
         options.setdefault("zero", zero)
     try:
-        laid = _GRIDS[name](schedule, steps, **options)
+        laid = [float(value) for value in _GRIDS[name](schedule, steps, **options)]
     except UserError:
         raise
     except (TypeError, ValueError, ArithmeticError):
@@ -73,7 +77,7 @@ def times(grid: Grid | None, schedule: Schedule, steps: int, *, zero: str | None
         raise UserError(
             f"grid {name!r} cannot use {given}; its options are numbers, or names where it says so."
         ) from None
-    return _checked(laid, f"grid {name!r}", falling=True)
+    return _checked(laid, f"grid {name!r}", schedule, falling=True)
 
 
 def _custom(grid: list[float], schedule: Schedule, steps: int) -> tuple[float, ...]:
@@ -85,16 +89,17 @@ def _custom(grid: list[float], schedule: Schedule, steps: int) -> tuple[float, .
         values = [float(value) for value in grid]
     except (TypeError, ValueError):
         raise UserError(f"a custom grid holds numbers; {grid!r} does not.") from None
-    outside = [value for value in values if not schedule.t_clean <= value <= schedule.last_time]
-    if outside:
-        raise UserError(
-            f"a custom grid holds {outside[0]!r}, outside the times {schedule.t_clean:g} to {schedule.last_time:g} of "
-            f"schedule {schedule.name!r}."
-        )
-    return _checked(values, "a custom grid", falling=values[-1] < values[0])
+    return _checked(values, "a custom grid", schedule, falling=values[-1] < values[0])
 
 
-def _checked(values: Sequence[float], what: str, falling: bool) -> tuple[float, ...]:
+def _checked(values: Sequence[float], what: str, schedule: Schedule, falling: bool) -> tuple[float, ...]:
+    slack = 1e-9 * (schedule.t_max - schedule.t_clean)  # of the rounding with which a grid lays its ends
+    for value in values:
+        if not (math.isfinite(value) and schedule.t_clean - slack <= value <= schedule.last_time + slack):
+            raise UserError(
+                f"{what} holds {value!r}, outside the times {schedule.t_clean:g} to {schedule.last_time:g} of schedule "
+                f"{schedule.name!r}."
+            )
     for before, after in itertools.pairwise(values):
         if not (after < before if falling else after > before):
             raise UserError(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fewstep.diffusion import guidance as guiding
@@ -14,7 +15,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError, choose
-from fewstep.solvers import grids
+from fewstep.solvers import grids, option_kinds
 from fewstep.solvers.compiling import compiled
 from fewstep.solvers.plans import Part, Plan, Row
 from fewstep.solvers.told import retold
@@ -106,7 +107,7 @@ def plan(
     sigma^2), which is almost all noise, for the first evaluation's noise estimate and asks no network there
     (2210.05475, appendix; AFS). Raises UserError for anything it does not know.
     """
-    if name not in _SOLVERS:
+    if not isinstance(name, str) or name not in _SOLVERS:
         raise choose("solver", name, _SOLVERS)
     if not isinstance(schedule, Schedule):
         raise UserError(f"the schedule is {schedule!r}; give one made by fewstep.schedules.get(name).")
@@ -118,6 +119,8 @@ def plan(
             if not known:
                 raise UserError(f"solver {name!r} takes no option {option!r}; it has none.")
             raise choose(f"option of solver {name!r},", option, known)
+    option_kinds.check(f"solver {name!r}", family, options)
+    option_kinds.check("a plan", plan, {"initial_scale": initial_scale, "told": told})
     times = grid_times(name, schedule, steps, grid)
     if grids.is_rising(times) and grids.is_clean(schedule, times[0]):
         raise UserError(
@@ -150,7 +153,22 @@ def plan(
         limit=_limit(threshold, clip),
         guided_by=guidance,
     )
+    if not all(map(math.isfinite, _numbers(made_plan))):
+        given = ", ".join(f"{key}={value!r}" for key, value in used.items() if value is not None)
+        raise UserError(
+            f"solver {name!r} has no finite coefficients on this grid with {given or 'these options'}; choose options "
+            "nearer their defaults, or times above sigma = 0 and below pure noise."
+        )
     return retold(made_plan, told)
+
+
+def _numbers(made: Plan) -> Iterator[float]:
+    """What a run of the plan computes with."""
+    yield made.initial_scale
+    for stage in made.stages:
+        yield stage.network_time
+        yield stage.input_scale
+        yield from itertools.chain.from_iterable(stage.matrix)
 
 
 def grid_times(name: str, schedule: Schedule, steps: int, grid: grids.Grid | None = None) -> tuple[float, ...]:
