@@ -6,7 +6,8 @@ Fixed grids: uniform, log-SNR, Karras, the closed form for Gaussian data, Align-
 Diffusion, the one it has for this schedule). Searched on this teacher with `fewstep search-grid`: GITS (its own metric
 and the plain distance), Watson's bound and Analytic-DPM's. Under Euler, DPM-Solver++ 2M, and DDPM, the sampler the
 bounds speak of. All from the same noise and labels; ratios to Karras' grid under the same solver, with paired bootstrap
-intervals. Writes benchmarks/results/digits_grids.json and .svg.
+intervals. Beside them DPM-Solver-v3, with statistics estimated from training digits, on three of the fixed grids. Writes
+benchmarks/results/digits_grids.json and .svg.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from fewstep.evaluate import bootstrap
 from fewstep.evaluate.features import digit_classifier
 from fewstep.evaluate.frechet import frechet_distance, moments
 from fewstep.evaluate.grid_search import search_grid
+from fewstep.solvers import model_statistics
+from fewstep.solvers.dpm_solver_v3 import dpm_solver_v3
 
 RESULTS = Path(__file__).parent / "results" / "digits_grids.json"
 STEPS = (4, 6, 8, 10)
@@ -69,13 +72,24 @@ def drawn(denoiser: Denoiser, plan: solvers.Plan, samples: int, seed: int, shape
     return torch.cat(images)
 
 
+def by_statistics(denoiser: Denoiser, quick: bool) -> dict[str, dict[str, Any]]:
+    """DPM-Solver-v3's options by name; its statistics from 256 training digits of all classes, at 40 levels."""
+    images, labels = digits("train")
+    count, points = (32, 6) if quick else (256, 40)
+    found = model_statistics.estimate(denoiser, images[:count], cond=labels[:count], points=points, batch=count)
+    options = {"order": 2, "corrector": "same"}
+    return {grid: {"statistics": found, "grid": grid, **options} for grid in ("log_snr", "karras", "kl_optimal")}
+
+
 def measured(teacher: Path, folder: Path, samples: int, seed: int, steps: Sequence[int], quick: bool) -> dict[str, Any]:
     """{solver: {grid: {steps: {times, frechet, ratio to karras and its interval}}}}, and the floor of real digits."""
     model = load(teacher)
     denoiser, network = model.denoiser.eval(), digit_classifier()
     reference = moments(network.features(digits("held_out")[0]))
     grids = {**FIXED, **searched(teacher, folder, steps, quick)}
+    v3 = by_statistics(denoiser, quick)
     table: dict[str, Any] = {}
+    curves: dict[str, Any] = {}
     for solver, options in SOLVERS.items():
         for count in steps:
             resampled = {}
@@ -92,14 +106,31 @@ def measured(teacher: Path, folder: Path, samples: int, seed: int, steps: Sequen
             for name in grids:
                 found = bootstrap.compare(resampled[name], resampled["karras"])
                 table[solver][name][str(count)] |= {"to_karras": found.ratio, "interval": found.ratio_interval}
+    for name, options in v3.items():
+        for count in steps:
+            sampler, images = dpm_solver_v3(steps=count, **options), []
+            for index in torch.arange(samples).split(500):
+                noise = fk.normal(seed * 2**32 + index, model.image_shape)
+                images.append(sampler.sample(denoiser, noise, index % CLASSES))
+            distance = frechet_distance(network.features(torch.cat(images)), reference)
+            curves.setdefault(name, {})[str(count)] = {"times": list(sampler.times), "frechet": distance}
+            print(f"dpm_solver_v3 {name:13} {count:>3} evaluations: Frechet {distance:8.3f}", flush=True)
     floor = frechet_distance(network.features(digits("train")[0]), reference)
-    return {"solvers": table, "floor": floor, "samples": samples, "seed": seed, "teacher": model.digest}
+    return {
+        "solvers": table,
+        "dpm_solver_v3": curves,
+        "floor": floor,
+        "samples": samples,
+        "seed": seed,
+        "teacher": model.digest,
+    }
 
 
 def plotted(record: Mapping[str, Any]) -> str:
     """One panel per solver: each grid's Frechet distance against evaluations, logarithmic, named at its last point."""
     wide, high, left, top, names = 300, 320, 52, 40, 130
-    values = [row["frechet"] for grids in record["solvers"].values() for g in grids.values() for row in g.values()]
+    solvers_drawn = {**record["solvers"], "dpm_solver_v3": record["dpm_solver_v3"]}
+    values = [row["frechet"] for grids in solvers_drawn.values() for g in grids.values() for row in g.values()]
     low, most = math.log(min([*values, record["floor"]]) * 0.9), math.log(max(values) * 1.1)
 
     def across(count: float, panel: int) -> float:
@@ -109,13 +140,13 @@ def plotted(record: Mapping[str, Any]) -> str:
     def up(value: float) -> float:
         return top + (most - math.log(value)) / (most - low) * (high - top - 40)
 
-    counts = sorted({int(n) for grids in record["solvers"].values() for g in grids.values() for n in g})
-    width = left + len(record["solvers"]) * (wide + names)
+    counts = sorted({int(n) for grids in solvers_drawn.values() for g in grids.values() for n in g})
+    width = left + len(solvers_drawn) * (wide + names)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{high}" font-family="sans-serif" '
         f'font-size="11"><rect width="{width}" height="{high}" fill="white"/>'
     ]
-    for panel, (solver, grids) in enumerate(record["solvers"].items()):
+    for panel, (solver, grids) in enumerate(solvers_drawn.items()):
         begin, end = across(counts[0], panel), across(counts[-1], panel)
         parts.append(f'<text x="{begin}" y="18" font-size="13">{html.escape(solver)}: Frechet distance</text>')
         for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500):
@@ -137,7 +168,7 @@ def plotted(record: Mapping[str, Any]) -> str:
         place = top - 12.0
         for y, name in ends:
             place = max(place + 12.0, y)
-            colour = COLOURS[list(grids).index(name) % len(COLOURS)]
+            colour = COLOURS[[*FIXED, *SEARCHED].index(name)]
             line = " ".join(f"{across(int(n), panel):.1f},{up(row['frechet']):.1f}" for n, row in grids[name].items())
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
             parts.append(f'<text x="{end + 6}" y="{place + 4:.1f}" fill="{colour}">{html.escape(name)}</text>')

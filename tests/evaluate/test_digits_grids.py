@@ -32,5 +32,7 @@ def test_every_grid_is_measured_under_every_solver_against_karras(script, teache
             low, high = row["interval"]
             assert low <= row["to_karras"] <= high
     assert record["solvers"]["euler"]["gits"]["3"]["times"] == record["solvers"]["ddpm"]["gits"]["3"]["times"]
+    for curve in record["dpm_solver_v3"].values():
+        assert len(curve["3"]["times"]) == 4 and curve["3"]["frechet"] > 0.0
     picture = script.plotted(record)
-    assert picture.count("<polyline") == len(script.SOLVERS) * (len(script.FIXED) + len(script.SEARCHED))
+    assert picture.count("<polyline") == len(script.SOLVERS) * (len(script.FIXED) + len(script.SEARCHED)) + 3
