@@ -6,8 +6,8 @@ Fixed grids: uniform, log-SNR, Karras, the closed form for Gaussian data, Align-
 Diffusion, the one it has for this schedule). Searched on this teacher with `fewstep search-grid`: GITS (its own metric
 and the plain distance), Watson's bound and Analytic-DPM's. Under Euler, DPM-Solver++ 2M, and DDPM, the sampler the
 bounds speak of. All from the same noise and labels; ratios to Karras' grid under the same solver, with paired bootstrap
-intervals. Beside them DPM-Solver-v3, with statistics estimated from training digits, on three of the fixed grids. Writes
-benchmarks/results/digits_grids.json and .svg.
+intervals. Beside them DPM-Solver-v3, with statistics estimated from training digits, on three of the fixed grids.
+Writes benchmarks/results/digits_grids.json and .svg.
 """
 
 from __future__ import annotations
