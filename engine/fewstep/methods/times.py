@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError
-from fewstep.methods.base import Fraction, MethodConfig, Positive
+from fewstep.methods.base import MethodConfig, Positive
 from fewstep.solvers import grids
 
 Grid = str | dict[str, Any]
@@ -31,7 +31,7 @@ class TimeLaw(MethodConfig):
     """Standard deviation of ln(sigma/alpha)."""
     rho: Positive = 7.0
     """Exponent of the karras law (arXiv:2206.00364, equation 5)."""
-    low: Fraction = 0.0
+    low: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Lowest quantile drawn."""
     high: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Highest quantile drawn; DMD2's student trains on 0.02 .. 0.98 of the levels."""
