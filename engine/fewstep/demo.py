@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fewstep.doctor import machine, versions
 from fewstep.errors import UserError
@@ -54,41 +55,72 @@ def train_digits(
 ) -> tuple[Path, dict[str, Path]]:
     """Train the teacher, then the students at once, under `out`. Returns artefact folders: teacher, {name: student}.
 
+    resume: keep what is finished by the same recipes, seed and teacher, and go on with the rest; else begin anew.
     beside: further fewstep commands by name, for the cores that the first finished students leave.
     """
     stations = stations or Stations(["teacher", "students"])
     teacher, students = out / "teacher", {name: out / name for name in STUDENTS}
+    if not resume:
+        for target in (teacher, *students.values()):
+            _make_way(target)
 
     def command(recipe: str, target: Path, *overrides: str) -> list[str]:
-        return [
-            str(recipe_path(recipe)),
-            f"seed={seed}",
-            f"output={target}",
-            *overrides,
-            *(["--resume"] if resume else []),
-        ]
+        return [str(recipe_path(recipe)), f"seed={seed}", f"output={target}", *overrides]
 
-    def unfinished(target: Path) -> bool:
-        if resume and (target / "artefact.json").exists():
+    def wanted(target: Path, arguments: Sequence[str], taught_by: Path | None = None) -> bool:
+        if resume and _is_finished(target, arguments, taught_by):
             print(f"kept {target}")
             return False
         return True
 
+    again = ["--resume"] if resume else []
     with stations.station("teacher"):
-        if unfinished(teacher):
-            # one process of one thread per core beats the threads of one on a small network: 31 to 24 updates/s
-            ranks = min(2, os.cpu_count() or 1)
-            halves = [f"train.ranks={ranks}", "train.strategy=ddp"] if ranks > 1 else []
-            side_by_side({"teacher": ["train", *command("digits_teacher.yaml", teacher, *halves)]}, processes=ranks)
+        # one process of one thread per core beats the threads of one on a small network: 31 to 24 updates/s
+        ranks = min(2, os.cpu_count() or 1)
+        halves = [f"train.ranks={ranks}", "train.strategy=ddp"] if ranks > 1 else []
+        arguments = command("digits_teacher.yaml", teacher, *halves)
+        if wanted(teacher, arguments):
+            side_by_side({"teacher": ["train", *arguments, *again]}, processes=ranks)
     with stations.station("students"):
+        commands = {name: command(STUDENTS[name], target, f"teacher={teacher}") for name, target in students.items()}
         jobs: dict[str, Sequence[str]] = {
-            name: ["distill", *command(STUDENTS[name], target, f"teacher={teacher}")]
-            for name, target in students.items()
-            if unfinished(target)
+            name: ["distill", *arguments, *again]
+            for name, arguments in commands.items()
+            if wanted(students[name], arguments, teacher)
         }
         if jobs:
             side_by_side({**jobs, **(beside or {})}, at_once=max(len(jobs), os.cpu_count() or 1))
     return teacher, students
+
+
+def _make_way(target: Path) -> None:
+    """Nothing that an earlier run left in `target` may pass for this one's when this one is resumed."""
+    if not target.is_dir():
+        return
+    from fewstep.train import checkpoint
+
+    (target / "artefact.json").unlink(missing_ok=True)
+    if checkpoint.listed(target / "checkpoints"):
+        print(f"starting anew: the earlier run's checkpoints are now in {checkpoint.set_aside(target / 'checkpoints')}")
+
+
+def _is_finished(target: Path, arguments: Sequence[str], teacher: Path | None) -> bool:
+    """Whether `target` holds, whole, what this recipe with these overrides makes of the teacher that is there now."""
+    if not (target / "artefact.json").exists():
+        return False
+    from fewstep import artefact, config
+
+    def of_the_run(recipe: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in recipe.items() if key not in ("output", "teacher")}
+
+    try:
+        about = artefact.load(target).provenance
+        taught_by = None if teacher is None else artefact.load(teacher).digest
+    except UserError:
+        return False
+    recipe = json.loads(json.dumps(config.load(arguments[0], arguments[1:]).to_dict()))
+    same = of_the_run(about.get("recipe") or {}) == of_the_run(recipe)
+    return same and (about.get("teacher") or {}).get("sha256") == taught_by
 
 
 def side_by_side(jobs: Mapping[str, Sequence[str]], processes: int | None = None, at_once: int | None = None) -> None:
@@ -124,7 +156,10 @@ def side_by_side(jobs: Mapping[str, Sequence[str]], processes: int | None = None
         readers.append(threading.Thread(target=read, args=(name,), daemon=True))
         readers[-1].start()
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated demo stops its jobs too
+    before = {}  # a terminated demo, or one whose terminal is closed, stops its jobs too
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, signal.default_int_handler)
     try:
         while waiting or any(process.poll() is None for process in running.values()):
             while waiting and sum(process.poll() is None for process in running.values()) < at_once:
@@ -132,12 +167,13 @@ def side_by_side(jobs: Mapping[str, Sequence[str]], processes: int | None = None
             _show({name: line for name, line in latest.items() if running[name].poll() is None})
             time.sleep(0.2)
     finally:
-        signal.signal(signal.SIGTERM, before)
         for process in running.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
         for process in running.values():
             process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
         for reader in readers:
             reader.join()
         _show(latest, last=True)
@@ -185,6 +221,7 @@ def loss_curves(runs: dict[str, Path]) -> dict[str, dict[str, list[list[float]]]
 def demo(out: Path, seed: int = 0, resume: bool = False) -> Path:
     """Run every station under `out`; returns the path of report.html. UserError where `out` cannot be written."""
     from fewstep.evaluate.report import write_report
+    from fewstep.evaluate.results import write_results
     from fewstep.evaluate.suite import evaluate_artefacts
     from fewstep.export.onnx import export_onnx
     from fewstep.export.parity import check_parity
@@ -239,7 +276,7 @@ def demo(out: Path, seed: int = 0, resume: bool = False) -> Path:
         results["losses"] = loss_curves({"teacher": teacher, **students})
         results["machine"], results["versions"] = machine(), versions()
         results["seconds"] = stations.seconds
-        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_results(out / "results.json", results)
         report = out / "report.html"
         write_report(results, report)
     print(f"\n{sum(stations.seconds.values()):.0f} s in all. The report: {report.resolve()}")
