@@ -280,5 +280,7 @@ def demo(out: Path, seed: int = 0, resume: bool = False) -> Path:
         report = out / "report.html"
         write_report(results, report)
     print(f"\n{sum(stations.seconds.values()):.0f} s in all. The report: {report.resolve()}")
-    print(f"Serve the student: fewstep serve {served}")
+    print(
+        f"Serve the {best} student, the better one at {STEPS_OF_THE_SERVED_STUDENT} evaluations: fewstep serve {served}"
+    )
     return report
