@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-SCORES = 1 << 19  # entries of a score tile that the formulas hold at a time: 2 MiB in float32
+SCORES = 1 << 18  # entries of a score tile that the formulas hold at a time: 1 MiB in float32, what a core keeps near
 ROWS = 64  # queries of a tile at least, for products worth their call
 
 
