@@ -137,7 +137,7 @@ def draw(record: Mapping[str, Any]) -> str:
         text(
             8,
             36,
-            f"One grid for all (Karras, rho 7); lower is better; off the scale is not drawn; {record['date'][:10]}",
+            f"Default grids (Karras, rho 7; scm: its own); lower is better; none off the scale; {record['date'][:10]}",
         )
     )
     for number, content in enumerate(shown):

@@ -45,6 +45,10 @@ PAIRS = [
         ("sa", "log_snr", {"predictor": 2, "corrector": 2, "strength": 0.0}),
     ),
     (("ipndm", "jagged", {}), ("ipndm_v", "jagged", {})),
+    (
+        ("ipndm_v", "jagged", {"order": 3, "third": "misplaced_parenthesis"}),
+        ("ipndm_v", "jagged", {"order": 3}),
+    ),
     (("dpmpp_2s", None, {"strength": 1.0}), ("dpmpp_2m_sde", None, {})),
 ]
 
