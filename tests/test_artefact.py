@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def test_everything_comes_back_bit_for_bit(student_folder, tmp_path):
         ({"recipe": {"method": {"name": "dmd2", "guidance": 3}}}, "dmd2", 3.0),
         ({"recipe": {"method": {"name": "dmd2", "guidance": None}}}, "dmd2", 1.0),
         ({"recipe": None, "method": "none"}, None, 1.0),
+        ({"recipe": "recipes/mine.yaml"}, None, 1.0),
     ],
 )
 def test_method_and_guidance_are_what_the_recipe_says(student_folder, tmp_path, provenance, method, guidance):
@@ -148,6 +150,44 @@ def test_an_unknown_format_version_is_refused(folder):
 def test_a_manifest_that_makes_no_sense_is_refused(folder, changes, word):
     rewrite(folder, **changes)
     refuse(folder, word)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("stages", 0, "matrix", 0, 0), "x"),
+        (("stages", 0, "matrix", 0, 0), float("nan")),
+        (("stages", 0, "network_time"), [1]),
+        (("stages", 0, "guidance"), [[]]),
+        (("stages", 0, "noise"), -1),
+        (("stages", 0, "noise"), 2**70),
+        (("stages", 0, "inputs", 0), ""),
+        (("stages",), []),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused(folder, path, value):
+    plans = json.loads((folder / "artefact.json").read_text())["plans"]
+    place = plans["2"]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    rewrite(folder, plans=plans)
+    refuse(folder)
+
+
+def test_a_manifest_nested_without_end_is_refused(folder):
+    (folder / "artefact.json").write_text("[" * 100_000)
+    refuse(folder, "not JSON")
+
+
+def test_weights_that_are_a_device_or_a_pipe_are_not_waited_for(folder):
+    weights = folder / "weights.safetensors"
+    weights.unlink()
+    weights.symlink_to("/dev/zero")
+    refuse(folder, "no plain file")
+    weights.unlink()
+    os.mkfifo(weights)
+    refuse(folder, "no plain file")
 
 
 def test_pickled_weights_are_never_opened(folder):

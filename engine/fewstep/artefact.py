@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,8 @@ class Artefact:
 
     @property
     def _recipe_of_method(self) -> Mapping[str, Any]:
-        method = (self.provenance.get("recipe") or {}).get("method")
+        recipe = self.provenance.get("recipe")
+        method = recipe.get("method") if isinstance(recipe, Mapping) else None
         return method if isinstance(method, Mapping) else {}
 
 
@@ -181,7 +183,15 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Ar
         _agree(content)
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"the artefact {str(folder)!r} does not describe its own weights ({reason}); save it again."
@@ -219,7 +229,7 @@ def _read_manifest(folder: Path) -> _Manifest:
         ) from error
     except OSError as error:
         raise UserError(f"cannot read {str(folder / MANIFEST)!r} ({error.strerror}); check its permissions.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{str(folder / MANIFEST)!r} is damaged: it is not JSON; copy the artefact again.") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UserError(
@@ -249,11 +259,19 @@ def _verify(folder: Path, name: str, entry: _File) -> None:
         raise UserError(f"the artefact {str(folder)!r} lists the file {name!r} outside its folder; save it again.")
     file = folder / name
     try:
-        digest = _digest(file)
+        about = file.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise UserError(f"{str(file)!r} is no plain file; copy the artefact again.")
+        digest = _digest(file) if about.st_size == entry.bytes else ""
     except FileNotFoundError as error:
         raise UserError(f"the artefact {str(folder)!r} lacks its file {name!r}; copy the artefact again.") from error
     except OSError as error:
         raise UserError(f"cannot read {str(file)!r} ({error.strerror}); check its permissions.") from error
+    if not digest:
+        raise UserError(
+            f"{str(file)!r} is damaged: it has {about.st_size} bytes, the artefact records {entry.bytes}; copy the "
+            "artefact again."
+        )
     if digest != entry.sha256:
         raise UserError(
             f"{str(file)!r} is damaged: its SHA-256 is {digest[:12]}…, the artefact records {entry.sha256[:12]}…; "

@@ -182,6 +182,8 @@ class Plan:
             if data["format"] != FORMAT:
                 raise UserError(f"a plan of format {data['format']!r} cannot be read here; expected {FORMAT!r}.")
             schedule, kind = schedules.from_dict(data["schedule"]), predictions.from_dict(data["prediction"])
+            if not data["stages"]:
+                raise UserError("this plan has no stage.")
             return cls(
                 solver=str(data["solver"]),
                 schedule=schedule,
@@ -193,7 +195,7 @@ class Plan:
             )
         except UserError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             raise UserError(
                 f"this is not a plan ({type(error).__name__}: {error}); expected JSON of {FORMAT!r}."
             ) from None
@@ -238,6 +240,7 @@ def _stage(data: Mapping[str, Any], schedule: Schedule, prediction: Prediction) 
         given["conditions"] = tuple(weights)
         given["read_out"] = (("x", of_x), *((name, of_output * value) for name, value in weights.items()))
     stage = Stage(**given)
+    _check_numbers(stage)
     matrix = stage.matrix
     if len(matrix) != len(stage.outputs) or any(len(row) != len(stage.inputs) for row in matrix):
         raise UserError(
@@ -248,6 +251,18 @@ def _stage(data: Mapping[str, Any], schedule: Schedule, prediction: Prediction) 
         if name not in (*kept, "noise") and not is_slot(name):
             raise choose("register", name, (*kept, "d0", "d1", "noise"))
     return stage
+
+
+def _check_numbers(stage: Stage) -> None:
+    """Raises UserError where a stage that was read holds something else, or what no float32 or int64 can be."""
+    found = [(name, getattr(stage, name)) for name in ("time", "target", "network_time", "input_scale")]
+    found += [(name, getattr(stage, name)) for name in ("guidance", "landing") if getattr(stage, name) is not None]
+    found += [("matrix", value) for row in stage.matrix for value in row]
+    for name, value in found:
+        if type(value) not in (int, float) or not abs(value) <= (2**53 if type(value) is int else 1e38):
+            raise UserError(f"{name} of a stage of this plan holds {value!r}; it must be a finite number.")
+    if type(stage.noise) is not int or not 0 <= stage.noise < 2**31:
+        raise UserError(f"noise of a stage of this plan is {stage.noise!r}; it must be a whole number from 0.")
 
 
 def _call(data: Mapping[str, Any]) -> Call:
@@ -263,7 +278,7 @@ def _frozen(value: Any) -> Any:
 
 def is_slot(name: str) -> bool:
     """Whether a register is a slot of the history: "d0", "d1", .."""
-    return name[0] == "d" and name[1:].isdigit()
+    return name[:1] == "d" and name[1:].isdigit()
 
 
 @dataclasses.dataclass(frozen=True)
