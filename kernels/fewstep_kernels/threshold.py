@@ -71,9 +71,9 @@ if triton is not None:
             candidates = found + (steps << shift)
             smaller = tl.zeros([16], tl.int32)
             for start in range(0, count, BLOCK):
-                offsets = start + tl.arange(0, BLOCK)
-                inside = offsets < count
-                words = _bits(tl.load(row + offsets, mask=inside, other=0.0), inside, DOUBLE)
+                offsets = tl.arange(0, BLOCK)
+                inside = offsets < count - start
+                words = _bits(tl.load(row + start + offsets, mask=inside, other=0.0), inside, DOUBLE)
                 less = (words[:, None] < candidates[None, :]) & (words >= 0)[:, None]
                 smaller += tl.sum(less.to(tl.int32), 0)
             # the first sixteenth's top half would set the sign bit: no magnitude has it
@@ -82,9 +82,9 @@ if triton is not None:
         following = tl.full([], -1, WORD)
         through = tl.zeros([], tl.int32)
         for start in range(0, count, BLOCK):
-            offsets = start + tl.arange(0, BLOCK)
-            inside = offsets < count
-            words = _bits(tl.load(row + offsets, mask=inside, other=0.0), inside, DOUBLE)
+            offsets = tl.arange(0, BLOCK)
+            inside = offsets < count - start
+            words = _bits(tl.load(row + start + offsets, mask=inside, other=0.0), inside, DOUBLE)
             through += tl.sum(((words >= 0) & (words <= found)).to(tl.int32), 0)
             # as unsigned numbers, so that "none" (-1) is the largest
             greater = tl.where(words > found, words, -1)
