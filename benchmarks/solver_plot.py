@@ -133,13 +133,8 @@ def draw(record: Mapping[str, Any]) -> str:
     width, height = PANEL * len(shown), TOP + HEIGHT + BOTTOM
     head = f"Quality against network calls: the best {NAMED} at {AT} calls are named, the rest are grey (hover to read)"
     parts = [text(8, 18, head, extra='font-weight="bold"')]
-    parts.append(
-        text(
-            8,
-            36,
-            f"Default grids (Karras, rho 7; scm: its own); lower is better; none off the scale; {record['date'][:10]}",
-        )
-    )
+    grids = "Default grids (Karras, rho 7; scm: its own); lower is better; points off the scale are left out"
+    parts.append(text(8, 36, f"{grids}; {record['date'][:10]}"))
     for number, content in enumerate(shown):
         parts += panel(content, number * PANEL)
     style = f'font-family="sans-serif" font-size="12" fill="{INK}"'
