@@ -245,10 +245,10 @@ def test_the_final_state_is_diffusers(case, monkeypatch):
     made = dict(case.made)
     if case.kind != "edm" and not case.scheduler.startswith("FlowMatch"):
         made = {**SD, "prediction_type": NAMES[case.kind], **made}
+    scheduler = getattr(diffusers, case.scheduler)(**made)
     for steps in case.steps:
         if case.options.get("order") and case.options["order"] > steps:
             continue
-        scheduler = getattr(diffusers, case.scheduler)(**made)
         scheduler.set_timesteps(steps)
         scheduler.sigmas = scheduler.sigmas.double()
         grid = times_of(schedule, scheduler.sigmas)
