@@ -166,7 +166,8 @@ def test_a_checkpointed_module_inside_a_tangent_is_refused_in_one_sentence(reent
     with pytest.raises(RuntimeError) as refused:
         jvp(lambda x: checkpoint(block, x, use_reentrant=reentrant), (x,), (x,))
     assert len(str(refused.value).splitlines()) == 1
-    assert reentrant or "checkpoint the block's jvp" in str(refused.value)
+    torchs = "must implement the jvp function" in str(refused.value)  # torch 2.10's own checkpoint refuses before ours
+    assert reentrant or torchs or "checkpoint the block's jvp" in str(refused.value)
 
 
 def test_saved_tensor_hooks_of_any_kind_are_left_alone():

@@ -156,12 +156,22 @@ def test_what_does_not_fit_is_said(seeds, options, words):
 def test_transforms_draw_the_same_bits(draw):
     seeds, x = SEEDS[:3], torch.randn(3, 5)
     expected = draw(seeds, (5,), stream=2)
-    assert torch.equal(vmap(lambda seed: draw(seed[None], (5,), stream=2)[0])(seeds), expected)
     assert torch.equal(vmap(lambda x: x * 0 + draw(seeds, (5,), stream=2), out_dims=0)(x), expected.expand(3, 3, 5))
     assert torch.equal(grad(lambda x: (x * draw(seeds, (5,), stream=2)).sum())(x), expected)
     assert torch.equal(jvp(lambda x: x * draw(seeds, (5,), stream=2), (x,), (torch.ones_like(x),))[1], expected)
     pulled = vjp(lambda x: x * draw(seeds, (5,), stream=2), x)[1]
     assert torch.equal(vmap(pulled)(torch.ones(2, 3, 5))[0], expected.expand(2, 3, 5))
+
+
+@pytest.mark.parametrize("draw", (normal, uniform))
+def test_seeds_of_a_vmap_draw_the_same_bits(draw):
+    seeds = SEEDS[:3]
+    try:
+        vmap(lambda x: x.view(torch.int64))(torch.ones(3, 1, dtype=torch.float64))
+    except RuntimeError:
+        pytest.skip("this torch cannot look at a float's bits under vmap (2.10 has no batching rule for view.dtype)")
+    expected = draw(seeds, (5,), stream=2)
+    assert torch.equal(vmap(lambda seed: draw(seed[None], (5,), stream=2)[0])(seeds), expected)
 
 
 def test_opcheck():
