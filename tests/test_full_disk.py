@@ -1,5 +1,6 @@
 """A full disk, or a process killed while it writes: one sentence, nothing lost, nothing left behind."""
 
+import contextlib
 import resource
 
 import pytest
@@ -15,23 +16,27 @@ from fewstep.train.checkpoint import Checkpoint
 TENSORS = 100_000  # bytes in each file below; a tenth of it fits
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """Files end at a tenth of what is to be written (EFBIG, as ENOSPC an OSError, or safetensors' own error)."""
+    """Files end at a tenth of what is to be written (EFBIG, as ENOSPC an OSError, or safetensors' own error).
+
+    Around the write alone: the limit holds for this process, whose own log may be a longer file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (TENSORS // 10, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def content(value: float = 0.0) -> Checkpoint:
     return Checkpoint({"network.student": {"weight": torch.full((TENSORS // 4,), value)}}, {"step": 0})
 
 
-def test_a_checkpoint_that_does_not_fit_is_one_sentence_and_leaves_the_one_before_it(tmp_path, request):
+def test_a_checkpoint_that_does_not_fit_is_one_sentence_and_leaves_the_one_before_it(tmp_path):
     checkpoint.write(tmp_path, 2, content(), keep=2)
-    request.getfixturevalue("full_disk")
-    with pytest.raises(UserError, match=r"cannot write the checkpoint .*step_000004: .*large"):
+    with full_disk(), pytest.raises(UserError, match=r"cannot write the checkpoint .*step_000004: .*large"):
         checkpoint.write(tmp_path, 4, content(), keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
     checkpoint.verify(tmp_path / "step_000002")
@@ -56,25 +61,24 @@ def test_damaged_checkpoints_further_on_do_not_push_out_good_ones(tmp_path):
     assert checkpoint.newest_good(tmp_path)[0] == 4
 
 
-def test_images_that_do_not_fit_are_one_sentence(tmp_path, full_disk):
+def test_images_that_do_not_fit_are_one_sentence(tmp_path):
     class Drawing:
         identity = "weights and plan"
 
     kept = KeptImages(tmp_path)
-    with pytest.raises(UserError, match="cannot keep images in"):
+    with full_disk(), pytest.raises(UserError, match="cannot keep images in"):
         kept.keep("teacher/1", Drawing(), {"images": 1}, torch.zeros(TENSORS // 4), 1.0)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_classifier_that_does_not_fit_is_one_sentence(tmp_path, full_disk):
-    with pytest.raises(UserError, match=r"cannot keep the classifier in .*; set FEWSTEP_CACHE"):
+def test_a_classifier_that_does_not_fit_is_one_sentence(tmp_path):
+    with full_disk(), pytest.raises(UserError, match=r"cannot keep the classifier in .*; set FEWSTEP_CACHE"):
         features._save(features.DigitClassifier(), tmp_path / "classifier.safetensors")
     assert not list(tmp_path.iterdir())
 
 
-def test_an_engine_that_does_not_fit_is_one_sentence(tmp_path, graph, request):
+def test_an_engine_that_does_not_fit_is_one_sentence(tmp_path, graph):
     pytest.importorskip("tensorrt_rtx_bindings")
-    request.getfixturevalue("full_disk")
-    with pytest.raises(UserError, match="cannot write"):
+    with full_disk(), pytest.raises(UserError, match="cannot write"):
         tensorrt.build_engine(graph, tmp_path / "student.engine", architectures=("SM89",))
     assert not list(tmp_path.iterdir())
