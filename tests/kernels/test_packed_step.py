@@ -64,6 +64,16 @@ class Pair:
         return [*ps, *(x for p in ps for x in optimizer.state[p].values()), *optimizer._working.values()]
 
 
+def packed() -> tuple[list[torch.Tensor], AdamWEma]:
+    """Parameters and their optimiser after the step that packs its tables and one that uses them."""
+    ps = parameters()
+    optimizer = AdamWEma(ps)
+    for number in range(2):
+        gradients(ps, number)
+        optimizer.step()
+    return ps, optimizer
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_tables_are_kept_and_the_bits_are_the_same(monkeypatch, dtype):
     profiles = [Constant(0.9), Power(6.94)]
@@ -155,33 +165,21 @@ def test_a_group_added_later_is_stepped():
 
 
 def test_numbers_are_checked_at_every_step():
-    ps = parameters()
-    optimizer = AdamWEma(ps)
-    for number in range(2):
-        gradients(ps, number)
-        optimizer.step()
+    _, optimizer = packed()
     optimizer.param_groups[0]["lr"] = -1.0
     with pytest.raises(ValueError, match="lr must be in"):
         optimizer.step()
 
 
 def test_a_gradient_that_turns_sparse_is_refused():
-    ps = parameters()
-    optimizer = AdamWEma(ps)
-    for number in range(2):
-        gradients(ps, number)
-        optimizer.step()
+    ps, optimizer = packed()
     ps[3].grad = ps[3].grad.to_sparse()
     with pytest.raises(ValueError, match="dense gradients"):
         optimizer.step()
 
 
 def test_autograd_notices_a_packed_step():
-    ps = parameters()
-    optimizer = AdamWEma(ps)
-    for number in range(2):
-        gradients(ps, number)
-        optimizer.step()
+    ps, optimizer = packed()
     answer = (ps[0] * torch.ones(7, requires_grad=True)).sum()
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -10,6 +10,7 @@ from fewstep.diffusion import real
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError
 from fewstep.solvers import rows
+from fewstep.solvers.grids import is_clean
 from fewstep.solvers.plans import Row
 
 
@@ -43,6 +44,16 @@ class Churn:
             else:
                 found.append(t)
         return found
+
+
+def level_down(schedule: Schedule, t: float, s: float, eta: float) -> float:
+    """The time an ancestral step from t goes down to before noise lifts it to s: k-diffusion's sigma_down."""
+    if eta == 0.0 or is_clean(schedule, s):
+        return s
+    ratio, ratio_to = schedule.ratio(t), schedule.ratio(s)
+    up = eta * ratio_to * (math.sqrt(1.0 - (ratio_to / ratio) ** 2) if not real.isinf(ratio) else 1.0)
+    left = math.sqrt(max(ratio_to**2 - up**2, 0.0))
+    return float(schedule.time_of_ratio(left)) if left > 0.0 else schedule.t_clean
 
 
 def lifted(schedule: Schedule, row: Row, to: float, noise_scale: float = 1.0) -> Row:

@@ -12,7 +12,7 @@ from fewstep.diffusion import real
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError, choose
 from fewstep.solvers import grids, multistep, rows
-from fewstep.solvers.churn import Churn, lifted, started
+from fewstep.solvers.churn import Churn, level_down, lifted, started
 from fewstep.solvers.grids import is_clean
 from fewstep.solvers.plans import Row
 from fewstep.solvers.registry import register
@@ -138,12 +138,7 @@ def dpm2(schedule: Schedule, times: Sequence[float], *, eta: float = 0.0) -> lis
         multistep.falling("dpm2", times, "inversion is deterministic, give eta=0.")
     table: list[Row] = []
     for step, (t, s) in enumerate(itertools.pairwise(times)):
-        ratio, ratio_to = schedule.ratio(t), schedule.ratio(s)
-        down = s
-        if eta > 0.0 and not is_clean(schedule, s):
-            up = eta * ratio_to * (math.sqrt(1.0 - (ratio_to / ratio) ** 2) if not real.isinf(ratio) else 1.0)
-            left = math.sqrt(max(ratio_to**2 - up**2, 0.0))
-            down = float(schedule.time_of_ratio(left)) if left > 0.0 else schedule.t_clean
+        ratio, down = schedule.ratio(t), level_down(schedule, t, s, eta)
         if is_clean(schedule, down) or real.isinf(ratio):
             of_x, of_denoised = rows.jump(schedule, t, down)
             table.append(lifted(schedule, Row(t, down, {"x": {"x": of_x, "D": of_denoised}}, step), s))
