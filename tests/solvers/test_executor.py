@@ -14,6 +14,7 @@ from fewstep.analytic import Mixture
 from fewstep.diffusion import Denoiser, schedules
 from fewstep.diffusion.prediction import Prediction
 from fewstep.errors import UserError
+from fewstep.solvers import memory
 from fewstep_kernels import lincomb, normal
 
 SOLVERS = [("ddim", {}), ("ddim", {"eta": 0.7}), ("heun", {}), ("dpmpp_2m", {}), ("consistency", {})]
@@ -146,6 +147,24 @@ def test_after_the_first_run_it_allocates_only_its_result_and_never_asks_the_dev
     assert len(made) == (1 if guidance is None else 2)  # joining the conditions writes into a buffer
     assert not [name for name in watch.names if "local_scalar" in name or "nonzero" in name or "item" in name]
     assert len(set(inputs)) == 1  # every call of both runs read the same memory
+
+
+@pytest.mark.parametrize(("solver", "options"), SOLVERS)
+def test_what_networks_read_unscaled_is_the_state_itself(solver, options):
+    """Each map then writes one tensor less: both halves of the joined input, and the state is the first."""
+    vp, cond, seeds = schedules.get("vp"), torch.tensor([0, 1, 2, 0]), torch.arange(4)
+    denoiser = Denoiser(Net(), vp, "eps")
+    plan = solvers.plan(solver, vp, 4, prediction="eps", guidance=2.0, **options)
+    found = [solvers.sample(denoiser, plan, noise(), cond, seeds=seeds) for _ in range(2)]
+    fresh = solvers.execute(plan, denoiser, noise(), cond=cond, seeds=seeds, gradient="all", record=["x"])
+    kept = solvers.execute(plan, denoiser, noise(), cond=cond, seeds=seeds, record=["x"])
+    assert torch.equal(*found) and torch.equal(kept.x, found[0])
+    for x, y in zip(kept.recorded["x"], fresh.recorded["x"], strict=True):
+        torch.testing.assert_close(x, y.detach(), rtol=0, atol=1e-13 * max(1.0, float(y.abs().max())))
+    buffers = memory.buffers_of(plan, noise())
+    assert buffers["x"].data_ptr() == buffers.joined.data_ptr()
+    scaled = solvers.plan(solver, EDM, 4, prediction="edm", guidance=2.0, **options)
+    assert memory.buffers_of(scaled, noise())["x"].data_ptr() != memory.buffers_of(scaled, noise()).joined.data_ptr()
 
 
 def test_one_network_call_and_one_map_a_stage():

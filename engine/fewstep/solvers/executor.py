@@ -20,7 +20,7 @@ from fewstep.diffusion.linear import coefficient_dtype
 from fewstep.errors import UserError, choose
 from fewstep.solvers import parts
 from fewstep.solvers.calls import conditions, evaluate, network_calls, other_calls, read_by, split
-from fewstep.solvers.memory import Buffers, Tables, buffers_of, noises, started, targets, tracing
+from fewstep.solvers.memory import Buffers, Tables, buffers_of, noises, reads_apart, started, targets, tracing
 from fewstep.solvers.plans import Plan, Stage, is_slot
 from fewstep.solvers.reading import MOMENTUM
 from fewstep.solvers.replay import replay_of
@@ -203,13 +203,14 @@ def _run(
             if "mean" in recorded:
                 quiet = inputs[: len(stage.inputs) - noises(stage.inputs)]
                 recorded["mean"].append(lincomb(quiet, tables.mean(index), dtypes=[first.dtype])[0])
-            out, names = _targets(plan, index, last, first, buffers)
-            table = tables.matrix(index, repeated=len(names) > len(stage.outputs))
-            values = lincomb(
-                inputs, table, out=out, dtypes=None if out else [first.dtype] * len(stage.outputs), **drawn
-            )
+            names = targets(plan, index, buffers)
+            out = None if buffers is None else [buffers[name] for name in names]
+            if out and last:  # the caller keeps it
+                out[names.index("x")] = torch.empty(first.shape, dtype=first.dtype, device=first.device)
+            dtypes = None if out else [first.dtype] * len(names)
+            values = lincomb(inputs, tables.matrix(index, names), out=out, dtypes=dtypes, **drawn)
         known.update(zip(names, values))
-        if "input" not in names:
+        if "input" not in stage.outputs:
             known.pop("input", None)
         elif buffers is not None:
             known["input"] = buffers.input_of(len(plan.stages[index + 1].conditions))
@@ -249,24 +250,13 @@ def _split_noise(
 
 def _started(tables: Tables, stage: Stage, first: Tensor, scale: float, buffers: Buffers | None) -> dict[str, Tensor]:
     """Registers "x" and, where the network reads something else, "input"."""
-    out, scales = started(stage, scale, buffers)
-    values = lincomb([first], tables.start(scales), out=out, dtypes=None if out else [first.dtype] * len(scales))
-    known = dict(zip(("x", "input"), values))
-    if "input" in known and buffers is not None:
+    names, scales = started(stage, scale, buffers)
+    out = None if buffers is None else [buffers[name] for name in names]
+    values = lincomb([first], tables.start(scales), out=out, dtypes=None if out else [first.dtype] * len(names))
+    known = dict(zip(names, values))
+    if reads_apart(stage) and buffers is not None:
         known["input"] = buffers.input_of(len(stage.conditions))
     return known
-
-
-def _targets(
-    plan: Plan, index: int, last: bool, first: Tensor, buffers: Buffers | None
-) -> tuple[list[Tensor] | None, tuple[str, ...]]:
-    """Where a stage writes: buffers, but for the final x, which the caller keeps."""
-    if buffers is None:
-        return None, plan.stages[index].outputs
-    out, names = targets(plan, index, buffers)
-    if last:
-        out[names.index("x")] = torch.empty(first.shape, dtype=first.dtype, device=first.device)
-    return out, names
 
 
 def _denoised(stage: Stage, index: int, known: Mapping[str, Tensor], tables: Tables) -> Tensor:

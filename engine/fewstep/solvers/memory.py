@@ -39,10 +39,11 @@ class Tables:
                 cache[place] = torch.tensor(rows(), device=self.device, dtype=self.dtype)
         return cache[place]
 
-    def matrix(self, index: int, repeated: bool) -> Tensor:
-        """[M, K]; `repeated` doubles the last row, for the two halves of a guided call's input."""
-        rows = self.plan.stages[index].matrix
-        return self._cached(("matrix", index, repeated), lambda: [*rows, rows[-1]] if repeated else list(rows))
+    def matrix(self, index: int, names: tuple[str, ...]) -> Tensor:
+        """[M, K]: the rows of what the stage writes, by name; both halves of a guided call's input have the same."""
+        stage = self.plan.stages[index]
+        rows = dict(zip((*stage.outputs, "second input"), (*stage.matrix, stage.matrix[-1])))
+        return self._cached(("matrix", index, names), lambda: [rows[name] for name in names])
 
     def mean(self, index: int) -> Tensor:
         """[1, K]: the row of x without its noise, which comes last."""
@@ -88,7 +89,11 @@ def noises(inputs: tuple[str, ...]) -> int:
 
 
 class Buffers(dict[Any, Any]):
-    """The tensors of one shape that runs of a plan reuse; by register name. `joined` is the input of joined calls."""
+    """The tensors of one shape that runs of a plan reuse; by register name.
+
+    `joined` is the input of joined calls. Where networks read x unscaled, x is its first share: one tensor less to
+    write a stage, and one less for the cache to hold.
+    """
 
     joined: Tensor
 
@@ -109,27 +114,33 @@ class Buffers(dict[Any, Any]):
         return share
 
 
-def started(stage: Stage, scale: float, buffers: Buffers | None) -> tuple[list[Tensor] | None, tuple[float, ...]]:
-    """Where a run's first map writes x and what the first stage's network reads, if that is something else, and what
-    each of them is of the noise."""
-    asked = len(stage.conditions)
-    separate = asked > 1 or (asked == 1 and stage.input_scale != 1.0)
-    read = scale * stage.input_scale
+def reads_apart(stage: Stage) -> bool:
+    """Whether the stage's network reads something else than x: x scaled, or once for each condition."""
+    return len(stage.conditions) > 1 or (len(stage.conditions) == 1 and stage.input_scale != 1.0)
+
+
+def _inputs(asked: int, buffers: Buffers | None) -> tuple[str, ...]:
+    """What a map writes, beside x, for a network that reads apart and is asked for so many conditions."""
     if buffers is None:
-        return None, (scale, read) if separate else (scale,)
-    if not separate:
-        return [buffers["x"]], (scale,)
-    if asked == 2:
-        return [buffers["x"], buffers["input"], buffers["second input"]], (scale, read, read)
-    return [buffers["x"], buffers["input"]], (scale, read)
+        return ("input",)
+    first = () if buffers["input"] is buffers["x"] else ("input",)
+    return (*first, "second input") if asked == 2 else first
 
 
-def targets(plan: Plan, index: int, buffers: Buffers) -> tuple[list[Tensor], tuple[str, ...]]:
-    """The buffers a stage writes, with their registers; both halves of a guided call's input."""
+def started(stage: Stage, scale: float, buffers: Buffers | None) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """What a run's first map writes, x and what the first stage's network reads if that is something else, and what
+    each of them is of the noise."""
+    apart = _inputs(len(stage.conditions), buffers) if reads_apart(stage) else ()
+    return ("x", *apart), (scale, *[scale * stage.input_scale] * len(apart))
+
+
+def targets(plan: Plan, index: int, buffers: Buffers | None) -> tuple[str, ...]:
+    """What a stage writes: its outputs, "input" as the buffers of the next network's."""
     names = plan.stages[index].outputs
-    if "input" in names and len(plan.stages[index + 1].conditions) == 2:
-        names = (*names, "second input")
-    return [buffers[name] for name in names], names
+    if "input" not in names:
+        return names
+    kept = tuple(name for name in names if name != "input")
+    return (*kept, *_inputs(len(plan.stages[index + 1].conditions), buffers))
 
 
 def buffers_of(plan: Plan, first: Tensor) -> Buffers:
@@ -145,9 +156,11 @@ def buffers_of(plan: Plan, first: Tensor) -> Buffers:
         if most > 1:
             buffers.joined = first.new_empty((most * first.shape[0], *first.shape[1:]))
             buffers["input"], buffers["second input"] = buffers.joined.split(len(first))[:2]
+            if all(stage.input_scale == 1.0 for stage in plan.stages if stage.conditions):
+                buffers["x"] = buffers["input"]
         elif any(stage.input_scale != 1.0 for stage in plan.stages):
             buffers["input"] = torch.empty(first.shape, dtype=first.dtype, device=first.device)
-        for name in {"x", *(name for stage in plan.stages for name in stage.outputs if name != "input")}:
+        for name in {"x", *(name for stage in plan.stages for name in stage.outputs)} - {*buffers, "input"}:
             buffers[name] = torch.empty(first.shape, dtype=first.dtype, device=first.device)
         for name in {name for stage in plan.stages for part in stage.nonlinear for name in part.outputs}:
             # guided estimates cancel and are bounded before they are rounded

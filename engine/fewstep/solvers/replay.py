@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.solvers.calls import Asked, split
-from fewstep.solvers.memory import Buffers, Tables, started, targets
+from fewstep.solvers.memory import Buffers, Tables, reads_apart, started, targets
 from fewstep.solvers.plans import Plan, Stage
 from fewstep_kernels import lincomb
 from fewstep_kernels.backends import backend
@@ -45,18 +45,17 @@ class Replay:
 
     def __init__(self, plan: Plan, first: Tensor, buffers: Buffers, tables: Tables, carried: bool) -> None:
         x, stages = buffers["x"], plan.stages
-        out, scales = started(stages[0], plan.initial_scale, buffers)
-        assert out is not None
+        names, scales = started(stages[0], plan.initial_scale, buffers)
+        out = [buffers[name] for name in names]
         table = tables.start(scales)
         self.first = Turn(PreparedLincomb([Share(_STATE)], table, out, x), table, tuple(out))
         self.turns: list[Turn] = []
-        scaled = len(out) > 1
         for index, stage in enumerate(stages):
             asked = len(stage.conditions)
             read = told = None
             landing = {}
             if asked:
-                read = buffers.input_of(asked) if scaled else x
+                read = buffers.input_of(asked) if reads_apart(stage) else x
                 told = tables.times(index, asked, first, buffers)
                 if stage.landing is not None:
                     landing["s"] = tables.landing(index, told.shape[0], first, buffers)
@@ -64,15 +63,14 @@ class Replay:
             given: dict[str, Tensor | Share] = {"noise": Share(_NOISE)}
             given |= {name: Share(_ANSWER, part, asked) for part, name in enumerate(stage.conditions)}
             inputs = [given.get(name) or buffers[name] for name in (stage.inputs[:-1] if drawn else stage.inputs)]
-            written, names = targets(plan, index, buffers)
-            made: list[Tensor | Share] = [*written]
+            names = targets(plan, index, buffers)
+            made: list[Tensor | Share] = [buffers[name] for name in names]
             if index + 1 == len(stages):
                 made[names.index("x")] = Share(_STATE)
-            table = tables.matrix(index, repeated=len(names) > len(stage.outputs))
+            table = tables.matrix(index, names)
             write = PreparedLincomb(inputs, table, made, x, stage.noise if drawn else None)
             kept = tuple(y for y in made if isinstance(y, Tensor))
             self.turns.append(Turn(write, table, kept, stage.conditions, read, told, landing, stage.noise, drawn))
-            scaled = "input" in names
 
     def run(
         self,
@@ -108,12 +106,16 @@ class Replay:
 def _is_plain(plan: Plan) -> bool:
     previous: Stage | None = None
     for stage in plan.stages:
-        asked = len(stage.conditions)
-        separate = asked > 1 or (asked == 1 and stage.input_scale != 1.0)
-        if previous is not None and separate and "input" not in previous.outputs:
+        if previous is not None and reads_apart(stage) and "input" not in previous.outputs:
             return False
         names = {"x", "base", "noise", *stage.conditions, *(n for s in plan.stages for n in s.outputs if n != "input")}
-        if asked > 2 or stage.answers or stage.others or stage.nonlinear or not {*stage.inputs} <= names:
+        if (
+            len(stage.conditions) > 2
+            or stage.answers
+            or stage.others
+            or stage.nonlinear
+            or not {*stage.inputs} <= names
+        ):
             return False
         previous = stage
     return bool(plan.stages)
