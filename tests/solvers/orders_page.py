@@ -49,6 +49,10 @@ PAIRS = [
         ("ipndm_v", "jagged", {"order": 3, "third": "misplaced_parenthesis"}),
         ("ipndm_v", "jagged", {"order": 3}),
     ),
+    (
+        ("ipndm_v", "graded", {"third": "misplaced_parenthesis", "fourth": "unbalanced"}),
+        ("ipndm_v", "graded", {}),
+    ),
     (("dpmpp_2s", None, {"strength": 1.0}), ("dpmpp_2m_sde", None, {})),
 ]
 

@@ -128,3 +128,25 @@ def test_the_published_third_order_of_ipndm_v_is_right_only_where_steps_are_equa
     assert weights(uneven, "exact") == pytest.approx([31 / 12, -16 / 9, 7 / 36])
     even = [4.0, 3.0, 2.0, 1.0]
     assert weights(even, "misplaced_parenthesis") == pytest.approx(weights(even, "exact"))
+
+
+def test_the_published_fourth_order_of_ipndm_v_is_not_the_integral_even_where_steps_are_equal():
+    """Equal steps: 57, -65, 43, -11 over 24 in zju-pi/diff-sampler for Adams and Bashforth's 55, -59, 37, -9."""
+    edm = schedules.get("edm")
+
+    def weights(grid, fourth):
+        plan = solvers.plan("ipndm_v", edm, 4, grid=grid, prediction="eps", fourth=fourth)
+        row = plan.stages[3].row("x")
+        return [24 * row[name] / (grid[4] - grid[3]) for name in ("cond", "d2", "d1", "d0")]
+
+    even, uneven = [5.0, 4.0, 3.0, 2.0, 1.0], [9.7, 9.0, 6.0, 5.0, 3.0]
+    assert weights(even, "exact") == pytest.approx([55, -59, 37, -9])
+    assert weights(even, "unbalanced") == pytest.approx([57, -65, 43, -11])
+    assert sum(weights(uneven, "exact")) == pytest.approx(24)
+    # steps of 2, 1, 3 and 0.7, by hand
+    slope, bend, spread = 1.0, 0.5 * (1 - 2 / 9 * 3 / 2), 4 / 3 / 3.7
+    twist = (7 / 18 + 2 / 3 / 18) * 1.5 * 6 / 4.7
+    by_hand = [1 + slope + bend + twist, -slope - 4 / 3 * bend - (4 / 3 + spread) * twist]
+    by_hand += [bend / 3 + (1 / 3 + spread * (1 + 3 / 0.7)) * twist, -spread / 3 * twist]
+    assert weights(uneven, "unbalanced") == pytest.approx([24 * w for w in by_hand])
+    assert sum(by_hand) > 2.0

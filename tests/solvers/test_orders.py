@@ -108,6 +108,7 @@ CASES = [
     ("ipndm_v", 4, "jagged", {}),
     ("ipndm_v", 3, "jagged", {"order": 3}),
     ("ipndm_v", 2, "jagged", {"order": 3, "third": "misplaced_parenthesis"}),
+    ("ipndm_v", 2, "graded", {"third": "misplaced_parenthesis", "fourth": "unbalanced"}),
     # equal-step weights: order 2 at best, 1 where neighbouring steps differ
     ("ipndm", 1, COLD, {"order": 1}),
     ("ipndm", 2, COLD, {}),

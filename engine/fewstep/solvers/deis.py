@@ -16,6 +16,7 @@ from fewstep.solvers.registry import register
 
 COORDINATES = ("t", "rho", "log_rho")
 THIRDS = ("exact", "misplaced_parenthesis")
+FOURTHS = ("exact", "unbalanced")
 _points = functools.cache(moments.gauss_legendre)
 
 
@@ -50,34 +51,52 @@ def deis(
 
 
 @register("ipndm_v", "order 1 to 4 (default 4), one evaluation a step; iPNDM with the weights of uneven steps")
-def ipndm_v(schedule: Schedule, times: Sequence[float], *, order: int | None = None, third: str = "exact") -> list[Row]:
+def ipndm_v(
+    schedule: Schedule,
+    times: Sequence[float],
+    *,
+    order: int | None = None,
+    third: str = "exact",
+    fourth: str = "exact",
+) -> list[Row]:
     """2204.13902's iPNDM for uneven steps, from exact integrals: rho-AB-DEIS.
 
-    `third` "misplaced_parenthesis" gives the rows of order 3 the weights of zju-pi/diff-sampler's code, which are right
-    only where three steps in sigma/alpha are equal.
+    The other values give rows of that order the weights of zju-pi/diff-sampler's code. `third` "misplaced_parenthesis"
+    is right only where three steps in sigma/alpha are equal. `fourth` "unbalanced" has the same parenthesis, a wrong
+    sign and a wrong ratio: it is of order 3 where steps are equal, and where they grow in no steady ratio its weights
+    do not add up to 1, so that no number of steps converges.
     """
     multistep.chosen("ipndm_v", "third", third, THIRDS)
+    multistep.chosen("ipndm_v", "fourth", fourth, FOURTHS)
     order = multistep.chosen_order("ipndm_v", order, 4, (1, 2, 3, 4), len(times) - 1)
     table = deis(schedule, times, order=min(order, len(times) - 1), coordinate="rho")
-    if third == "exact":
-        return table
+    published = {3: third != "exact", 4: fourth != "exact"}
     for step, row in enumerate(table):
         names = multistep.ring(step, min(order, len(times) - 1) - 1, "E")[:order]
-        if len(names) == 3 and all(name in row.outputs["x"] for name in names):
-            table[step] = dataclasses.replace(
-                row, outputs={**row.outputs, "x": _misplaced(schedule, times, step, names)}
-            )
+        if published.get(len(names)) and all(name in row.outputs["x"] for name in names):
+            update = _published(schedule, times, step, names)
+            table[step] = dataclasses.replace(row, outputs={**row.outputs, "x": update})
     return table
 
 
-def _misplaced(schedule: Schedule, times: Sequence[float], step: int, names: Sequence[str]) -> dict[str, float]:
-    """Terms of the published third order, with (1 - a b)/2 for (1 - a) b/2 in its correction."""
-    rho = [schedule.ratio(t) for t in times[step - 2 : step + 2]]
-    two_back, back, ahead = (after - before for before, after in itertools.pairwise(rho))
+def _published(schedule: Schedule, times: Sequence[float], step: int, names: Sequence[str]) -> dict[str, float]:
+    """Terms of the published third or fourth order: sums over differences of past estimates, each with its slip."""
+    rho = [schedule.ratio(t) for t in times[step - len(names) + 1 : step + 2]]
+    *_, two_back, back, ahead = (after - before for before, after in itertools.pairwise(rho))
     slope = 0.5 * ahead / back
-    share = ahead / (3.0 * (ahead + back)) * (ahead * (ahead + back)) / (back * (back + two_back))
-    bend = 0.5 * (1.0 - share)
-    weights = (1.0 + slope + bend, -slope - (1.0 + back / two_back) * bend, bend * back / two_back)
+    share, growth = ahead / (3.0 * (ahead + back)), ahead * (ahead + back) / (back * (back + two_back))
+    bend = 0.5 * (1.0 - share * growth)  # for (1 - share)/2 growth
+    weights = [1.0 + slope + bend, -slope - (1.0 + back / two_back) * bend, bend * back / two_back]
+    if len(names) == 4:
+        three_back = rho[1] - rho[0]
+        # + for -, and in the last weight back/two_back for two_back/three_back
+        twist = 0.5 * (1.0 - share) + (1.0 - ahead / (2.0 * (ahead + back))) * ahead / (6.0 * (ahead + back + two_back))
+        twist *= growth * (ahead + back + two_back) / (back + two_back + three_back)
+        spread = back * (back + two_back) / (two_back * (two_back + three_back))
+        weights[0] += twist
+        weights[1] -= (1.0 + back / two_back + spread) * twist
+        weights[2] += (back / two_back + spread * (1.0 + two_back / three_back)) * twist
+        weights.append(-spread * back / two_back * twist)
     keep = schedule.alpha(times[step + 1]) / schedule.alpha(times[step])
     return {"x": keep, **{name: schedule.alpha(times[step + 1]) * ahead * w for name, w in zip(names, weights)}}
 
