@@ -103,18 +103,27 @@ def test_amed_at_the_even_middle_is_dpm2(name):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_amed_is_its_step_for_every_sample_by_itself():
+@pytest.mark.parametrize("analytic", [False, True])
+def test_amed_is_its_step_for_every_sample_by_itself(analytic):
+    """The sampler of zju-pi/diff-sampler, derived again: r, scale_dir c and scale_time a; its afs asks one less."""
     schedule = schedules.get("edm")
     denoiser = Denoiser(Net(), schedule, "edm")
     places, pushes, levels = (torch.tensor(v, dtype=torch.float64) for v in ([0.3, 0.5], [1.1, 0.9], [0.95, 1.2]))
-    found = amed(denoiser, NOISE[:2], 2, lambda *_: (places, pushes, levels), grid=[10.0, 2.0, 0.5])
+    asked, hook = [], denoiser.net.register_forward_hook(lambda *_: asked.append(1) and None)
+    options = {"grid": [10.0, 2.0, 0.5], "analytic_first_step": analytic}
+    found = amed(denoiser, NOISE[:2], 2, lambda *_: (places, pushes, levels), **options)
+    hook.remove()
+    assert len(asked) == (3 if analytic else 4)
     for i in range(2):
         x = 10.0 * NOISE[i : i + 1]
         for sigma, sigma_to in ((10.0, 2.0), (2.0, 0.5)):
-            r, a, c = (float(v[i]) for v in (places, pushes, levels))
+            r, c, a = (float(v[i]) for v in (places, pushes, levels))
             middle = sigma_to**r * sigma ** (1 - r)
-            ahead = x + (middle - sigma) * (x - denoiser(x, sigma)) / sigma
-            x = x + a * (sigma_to - sigma) * (ahead - denoiser(ahead, c * middle)) / middle
+            slope = (x - denoiser(x, sigma)) / sigma
+            if analytic and sigma == 10.0:
+                slope = x / math.sqrt(1.0 + sigma**2)
+            ahead = x + (middle - sigma) * slope
+            x = x + c * (sigma_to - sigma) * (ahead - denoiser(ahead, a * middle)) / middle
         torch.testing.assert_close(found[i : i + 1], x, rtol=1e-10, atol=1e-10)
 
 

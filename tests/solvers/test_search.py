@@ -91,6 +91,40 @@ def test_deviation_is_the_distance_from_the_chord_less_the_teachers():
     assert bool(costs[1:, 0].isinf().all()) and bool(costs.diagonal().isinf().all())
 
 
+def test_gits_is_its_published_search():
+    """As zju-pi/diff-sampler describes it, in sigma: iPNDM walks, a step costs its Euler error, the recurrence of V."""
+    schedule, teacher = schedules.get("edm"), DIGITS_LIKE.teacher(schedules.get("edm"))
+    times = grids.times({"name": "karras", "start": 20.0, "end": 0.1, "zero": "none"}, schedule, 8)
+    noise = torch.randn(6, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    adams = ((1.0,), (1.5, -0.5), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+    states, slopes = [times[0] * noise], []
+    for t, s in itertools.pairwise(times):
+        slopes.insert(0, (states[-1] - teacher(states[-1], t)) / t)
+        states.append(states[-1] + (s - t) * sum(w * d for w, d in zip(adams[min(len(slopes), 4) - 1], slopes)))
+    slopes.reverse()
+
+    def away(x):
+        chord = (states[-1] - states[0]) / (states[-1] - states[0]).norm(dim=1, keepdim=True)
+        rest = states[-1] - x
+        return (rest - (rest * chord).sum(1, keepdim=True) * chord).norm(dim=1)
+
+    last, inf = len(times) - 1, math.inf
+    costs = [[inf] * (last + 1) for _ in range(last + 1)]
+    for i, j in itertools.combinations(range(last + 1), 2):
+        landed = states[i] + (times[j] - times[i]) * slopes[i]
+        costs[i][j] = float((away(landed) - away(states[j])).mean())
+    value = {(j, 1): costs[j][last] for j in range(last)}
+    for k in range(2, last + 1):
+        for j in range(last):
+            value[j, k] = min(
+                (costs[j][i] + 1.15 * value.get((i, k - 1), inf) for i in range(j + 1, last)), default=inf
+            )
+    found = search.trajectory_costs(teacher, noise, times, solver="ipndm")
+    torch.testing.assert_close(found, torch.tensor(costs, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    for steps, path in search.search(found, growth=1.15).items():
+        assert path.cost == pytest.approx(value[0, steps], rel=1e-9, abs=1e-9)
+
+
 @pytest.mark.parametrize("metric", ["dev", "l2"])
 @pytest.mark.parametrize("name", ["edm", "vp"])
 def test_a_searched_grid_beats_even_ones_in_its_own_cost(name, metric):
