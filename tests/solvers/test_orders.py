@@ -138,6 +138,7 @@ ELSEWHERE = {  # solvers with no row above or in test_laws.py: what is proven of
     "genie": "order 2 with the right derivative head (test_genie.py)",
     "lcm": "exact in law with the exact consistency function (test_laws.py)",
     "ltsp": "order 1 with guidance, ipndm without (test_nonlinear.py)",
+    "piflow": "ddim for one answer; for several, the rollout of its policy (test_piflow.py)",
     "scm": "consistency on TrigFlow's own grid (test_angle.py)",
     "stsp": "order 1 with guidance, ipndm without (test_nonlinear.py)",
 }

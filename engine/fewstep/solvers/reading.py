@@ -78,6 +78,11 @@ def of(
             read = dataclasses.replace(read, conditions=())
     if wanted == {"N"} and not row.parts:  # what guidance adds is not read here, so nobody is asked for it
         read = dataclasses.replace(_read(None, at, row.step, running), estimates=read.estimates)
+    if limit is not None and named & {*row.answers}:
+        raise UserError(
+            f"clip and threshold bound one clean-sample estimate, and this sampler reads further answers "
+            f"({', '.join(row.answers)}); leave them out."
+        )
     if limit is not None and wanted & {"D", "E"}:
         read = _limited(read, at, limit)
     row_parts = [made for part in row.parts for made in _given_estimates(part, read)]
