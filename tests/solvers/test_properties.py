@@ -23,6 +23,7 @@ EVERY += [
     ("ddim", {"eta": 0.6}),
     ("dpm2", {"eta": 1.0}),
     ("dpm_solver", {"order": 3}),
+    ("dpm_solver", {"order": 3, "inner": "fast"}),
     ("dpmpp_2m_sde", {"eta": 0.5}),
     ("dpmpp_3s", {"variant": "taylor"}),
     ("dpmpp_sde", {"ratio": 0.7, "shared_noise": False}),

@@ -5,6 +5,7 @@ and 2211.01095 (clean-sample form, algorithm 1).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from fewstep.diffusion import real
@@ -16,7 +17,7 @@ from fewstep.solvers.plans import Row
 from fewstep.solvers.registry import register
 
 VARIANTS = ("midpoint", "taylor")
-INNER = ("between", "grid")
+INNER = ("between", "grid", "fast")
 
 
 def _singlestep(
@@ -42,6 +43,8 @@ def _singlestep(
         raise UserError(f"solver {solver!r} got ratio={ratio!r}; give a number above 0 and at most 1.")
     if inner == "grid":
         blocks = _grid_blocks(schedule, times, order, lower_order_final)
+    elif inner == "fast":
+        blocks = _fast_blocks(schedule, times, order, ratio)
     else:
         blocks = _own_blocks(schedule, times, order, ratio)
     table = []
@@ -104,14 +107,50 @@ def _own_blocks(schedule: Schedule, times: Sequence[float], order: int, ratio: f
     """Every step of the grid with its own inner nodes, even in lambda (or at `ratio` of the way, for order 2)."""
     blocks: Blocks = []
     for step, (t, s) in enumerate(itertools.pairwise(times)):
-        at, to = schedule.half_log_snr(t), schedule.half_log_snr(s)
-        if order == 1 or is_clean(schedule, s) or real.isinf(at):
-            blocks.append(([t, s], [step]))
-            continue
-        parts = [ratio or 0.5] if order == 2 else [1 / 3, 2 / 3]
-        inside = [float(schedule.time_of_half_log_snr(at + part * (to - at))) for part in parts]
-        blocks.append(([t, *inside, s], [step] * order))
+        alone = is_clean(schedule, s) or real.isinf(schedule.half_log_snr(t))
+        block = _with_inner_nodes(schedule, t, s, 1 if alone else order, ratio)
+        blocks.append((block, [step] * (len(block) - 1)))
     return blocks
+
+
+def _with_inner_nodes(schedule: Schedule, t: float, s: float, order: int, ratio: float | None) -> list[float]:
+    """The times of a block: `order` - 1 between t and s, even in lambda, or at `ratio` of the way for order 2."""
+    if order == 1:
+        return [t, s]
+    at, to = schedule.half_log_snr(t), schedule.half_log_snr(s)
+    parts = [ratio or 0.5] if order == 2 else [1 / 3, 2 / 3]
+    return [t, *(float(schedule.time_of_half_log_snr(at + part * (to - at))) for part in parts), s]
+
+
+def _fast_blocks(schedule: Schedule, times: Sequence[float], order: int, ratio: float | None) -> Blocks:
+    """As many evaluations as the grid has steps, in blocks of `order` that are all as wide, the last of lower order
+    where they do not add up (2206.00927, DPM-Solver-fast); a step from pure noise or to sigma = 0 stands
+    alone. Ends of blocks between times of the grid are laid linearly in lambda.
+    """
+    lambdas = [schedule.half_log_snr(t) for t in times]
+    first, last = int(real.isinf(lambdas[0])), len(times) - 1 - int(real.isinf(lambdas[-1]))
+    first = min(first, last)
+    orders = _fast_orders(last - first, order)
+    ends = [times[first]]
+    for number in range(1, len(orders)):
+        place = first + number * (last - first) / len(orders)
+        below = math.floor(place)
+        at = lambdas[below] + (place - below) * (lambdas[below + 1] - lambdas[below])
+        ends.append(float(schedule.time_of_half_log_snr(at)) if place > below else times[below])
+    ends.append(times[last])
+    blocks = [[*times[: first + 1]]] if first else []
+    blocks += [_with_inner_nodes(schedule, t, s, own, ratio) for own, (t, s) in zip(orders, itertools.pairwise(ends))]
+    blocks += [[*times[last:]]] if last < len(times) - 1 else []
+    numbers = itertools.count()
+    return [(block, [next(numbers) for _ in block[1:]]) for block in blocks]
+
+
+def _fast_orders(evaluations: int, order: int) -> list[int]:
+    """Orders of blocks that take so many evaluations: 3, .., 3 and then 2, 1 or 1 or 2; 2, .., 2 and then 1."""
+    whole, rest = divmod(evaluations, order)
+    if order == 3 and rest == 0 and whole:
+        return [*[3] * (whole - 1), 2, 1]
+    return [order] * whole + [rest] * (rest > 0)
 
 
 def _grid_blocks(schedule: Schedule, times: Sequence[float], order: int, lower_order_final: bool | int) -> Blocks:
@@ -159,7 +198,9 @@ def dpm_solver(
     `variant`: "midpoint" (the paper's; at order 3 its two-node rule) or "taylor" (exact integrals through all nodes).
     `ratio` places the inner node of order 2. `inner`: "between" puts `order` evaluations in each step, at even lambda;
     "grid" takes the grid's own times as inner nodes, one evaluation a step (diffusers), and keeps order 3 only where
-    lambda is evenly spaced; there `lower_order_final` ends on blocks of lower order, as diffusers does.
+    lambda is evenly spaced; there `lower_order_final` ends on blocks of lower order, as diffusers does. "fast" takes as
+    many evaluations as steps too, in equally wide blocks of orders 3, .., 3 that end on 2, 1 or 1 or 2 (DPM-Solver-fast
+    of the paper; k-diffusion's "DPM fast", on the grid log_snr that ends at t_min).
     """
     if order not in (1, 2, 3):
         raise UserError(f"solver 'dpm_solver' got order={order!r}; choose one of: 1, 2, 3.")
