@@ -16,6 +16,7 @@ import torch
 from fewstep import solvers
 from fewstep.analytic import Gaussian
 from fewstep.diffusion import schedules
+from fewstep.errors import UserError
 from fewstep.solvers.ancestral import noise_moments
 
 STD = 0.35
@@ -136,6 +137,42 @@ def test_noise_moments_are_estimated_from_samples():
     exact = [schedule.sigma(t) ** 2 / spread(schedule, t) ** 2 for t in times]
     # a mean of 40000 squares of a normal has relative standard error sqrt(2 / 40000) = 0.7%
     assert found == pytest.approx(exact, rel=0.03)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_analytic_dpms_published_clips(eta):
+    """As its code has them for pictures in [-1, 1]: Cov[x0|x_t] at most 1, and little noise in the step before last."""
+    schedule, grid = schedules.get("sd"), [999.0, 800.0, 500.0, 100.0, 0.0, -1.0]
+    options = {"variance": "analytic", "noise_moments": [0.9, 0.5, 0.7, 0.3, 0.2], "eta": eta}
+    plain, clipped = (
+        solvers.plan("ddpm", schedule, 5, grid=grid, **options, **clips)
+        for clips in ({}, {"covariance_clip": 1.0, "pixel_clip": 2.0})
+    )
+    seen = []
+    for one, other, moment in zip(plain.stages[:-1], clipped.stages, options["noise_moments"]):
+        kept, noise = (schedule.alpha(t) ** 2 for t in (one.time, one.target)), one.row("x")["noise"]
+        bar, bar_to = kept  # alpha-bar at t and s
+        posterior = eta**2 * (1 - bar_to) / (1 - bar) * (1 - bar / bar_to)
+        bracket = bar_to**0.5 - ((1 - bar_to - posterior) * bar / (1 - bar)) ** 0.5
+        covariance = (1 - bar) / bar * (1 - moment)
+        assert noise**2 == pytest.approx(posterior + bracket**2 * covariance, rel=1e-9)
+        expected = posterior + bracket**2 * min(covariance, 1.0)
+        if one.target == 0.0:
+            expected = min(expected, (2 * 2 / 255) ** 2 * math.pi / 2)
+        assert other.row("x")["noise"] ** 2 == pytest.approx(expected, rel=1e-9)
+        seen.append(expected < 0.99 * noise**2)
+    assert seen == [True, True, False, True] and not clipped.stages[-1].noise
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"covariance_clip": 1.0}, "variance 'analytic'"),
+    ({"pixel_clip": -1.0}, "at least 0"),
+    ({"pixel_clip": 2.0, "variance": "learned"}, "'fixed_small'"),
+    ({"pixel_clip": 2.0, "pixel_clip_steps": -1}, "pixel_clip_steps=-1"),
+])  # fmt: skip
+def test_clips_that_have_nothing_to_clip_are_refused(given, words):
+    with pytest.raises(UserError, match=words):
+        solvers.plan("ddpm", schedules.get("sd"), 4, **given)
 
 
 def exact_jump(schedule: schedules.Schedule, t: float, low: float):

@@ -43,6 +43,9 @@ def ddpm(
     noise_moments: Sequence[float] | None = None,
     eta: float = 1.0,
     final_noise: bool = False,
+    covariance_clip: float | None = None,
+    pixel_clip: float | None = None,
+    pixel_clip_steps: int = 1,
 ) -> list[Row]:
     """The posterior mean and noise of a chosen variance; respaced to whatever times are given.
 
@@ -56,6 +59,11 @@ def ddpm(
     `eta` below 1 is DDIM's mean, for "analytic", "fixed_small" and those of 2206.07309. The last step draws no noise;
     `final_noise` draws it where sigma' > 0, as the chain between two levels needs, and "fixed_large" on any end, as
     diffusers does.
+
+    What Analytic-DPM's own code clips besides, for pictures in [-1, 1]: `covariance_clip` (1 there, for "analytic") is
+    the most that Cov[x0 | x_t] = (sigma/alpha)^2 (1 - Gamma) may be, a bound that holds for data within +-sqrt of it;
+    `pixel_clip` (1 or 2 there, for variances that are numbers) keeps the mean size of the noise in the
+    `pixel_clip_steps` steps before the last at so many of 255 levels: its std at most pixel_clip (2/255) sqrt(pi/2).
     """
     multistep.chosen("ddpm", "variance", variance, VARIANCES)
     multistep.falling("ddpm", times, "it only goes down, use ddim, euler or heun for inversion.")
@@ -71,6 +79,7 @@ def ddpm(
         raise UserError(
             f"noise_moments are {list(noise_moments)!r}; give {steps} numbers from 0 to 1, one per evaluation."
         )
+    _check_clips(variance, covariance_clip, pixel_clip, pixel_clip_steps)
     table = []
     for step, (t, s) in enumerate(itertools.pairwise(times)):
         of_x, of_denoised, of_noise = rows.noisy_jump(schedule, t, s, eta)
@@ -79,7 +88,12 @@ def ddpm(
         if variance == "fixed_large":
             of_noise = rows.renoise(schedule, s, t)[1]
         elif noise_moments is not None:
-            of_noise = math.sqrt(of_noise**2 + spread**2 * (1.0 - noise_moments[step]))
+            left = 1.0 - noise_moments[step]
+            if covariance_clip is not None:
+                left = min(left, covariance_clip / schedule.ratio(t) ** 2)
+            of_noise = math.sqrt(of_noise**2 + spread**2 * left)
+        if pixel_clip is not None and step >= steps - 1 - pixel_clip_steps:
+            of_noise = min(of_noise, pixel_clip * (2.0 / 255.0) * math.sqrt(0.5 * math.pi))
         if step == steps - 1 and not (final_noise and (variance == "fixed_large" or not is_clean(schedule, s))):
             of_noise = 0.0
         elif variance in ("learned_range", "learned"):
@@ -95,6 +109,20 @@ def ddpm(
         update = {"x": of_x, "D": of_denoised, "noise": of_noise}
         table.append(Row(t, s, {"x": update}, step, answers=answers))
     return table
+
+
+def _check_clips(variance: str, covariance_clip: float | None, pixel_clip: float | None, steps: int) -> None:
+    for option, value, known in (
+        ("covariance_clip", covariance_clip, ("analytic",)),
+        ("pixel_clip", pixel_clip, ("analytic", "fixed_large", "fixed_small")),
+    ):
+        if value is not None and not (0.0 <= value < math.inf and variance in known):
+            raise UserError(
+                f"solver 'ddpm' with variance={variance!r} got {option}={value!r}; give a number of at least 0, with "
+                f"variance {' or '.join(map(repr, known))}, or None."
+            )
+    if steps < 0:
+        raise UserError(f"solver 'ddpm' got pixel_clip_steps={steps!r}; give a whole number of at least 0.")
 
 
 def _extended(
