@@ -32,6 +32,7 @@ from timing import watched
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCALE = 7.5
 BOUND = 2e-5  # of the largest value: float32 states and tables on both sides, guided 7.5 times
+MODES = ("eager", "eager, answers copied", "network compiled", "all compiled")
 Call = Callable[[], Tensor]
 
 
@@ -234,26 +235,38 @@ def counted(case: Case, shape: tuple[int, ...], device: str) -> dict[str, dict[s
     return found
 
 
-def timed(case: Case, shape: tuple[int, ...], device: str, rounds: int, compiled: bool) -> dict[str, Any]:
-    """Microseconds a step of both samplers, the network's own share taken off, from interleaved rounds."""
+def timed(case: Case, shape: tuple[int, ...], device: str, rounds: int, mode: str) -> dict[str, Any]:
+    """Microseconds a step of both samplers, the network's own share taken off, from interleaved rounds.
+
+    mode: one of `MODES`. "network compiled" is `torch.compile(net)` in both samplers; "all compiled" is the whole
+    sampler of ours and scheduler.step of theirs.
+    """
+    torch._dynamo.reset()
     noise, cond = torch.randn(shape, device=device), torch.ones(shape[0], dtype=torch.int64, device=device)
-    seeds, net = torch.arange(shape[0], device=device), Fixed(opaque=compiled)
-    read = torch.cat([noise, noise]) if case.guidance is not None else noise
-    ours_of, step = ours(case, net), their_step
-    record: dict[str, Any] = {"mode": "compiled" if compiled else "eager"}
-    if compiled:
-        torch._dynamo.reset()
+    seeds, net = torch.arange(shape[0], device=device), Fixed(opaque=mode != "eager")
+    called: Any = torch.compile(net, dynamic=False) if mode == "network compiled" else net
+    ours_of, step = ours(case, called), their_step
+    if mode == "all compiled":
         ours_of, step = torch.compile(ours_of, dynamic=False), torch.compile(their_step, dynamic=False)
-    theirs_of = theirs(case, net, device, step)
+    theirs_of = theirs(case, called, device, step)
+    guided = case.guidance is not None
+    read, labels = (torch.cat([noise, noise]), torch.cat([cond, cond])) if guided else (noise, None)
+    told = torch.ones(len(read), device=device)
+
+    def network() -> None:
+        for _ in range(case.steps):
+            called(read, told) if labels is None else called(read, told, labels)
+
     candidates: dict[str, Callable[[], object]] = {
         "fewstep": lambda: ours_of(noise, cond, seeds),
         "diffusers": lambda: theirs_of(noise, cond),
-        "network": lambda: [net(read, seeds) for _ in range(case.steps)],
+        "network": network,
     }
+    record: dict[str, Any] = {"mode": mode}
     for name in ("fewstep", "diffusers"):
         begun = time.perf_counter()
         candidates[name]()
-        if compiled:
+        if "compiled" in mode:
             record[f"{name}_first_picture_seconds"] = round(time.perf_counter() - begun, 2)
     if not planned(case).stochastic_stages:
         error = float((ours_of(noise, cond, seeds) - theirs_of(noise, cond)).abs().max() / noise.abs().max())
@@ -283,7 +296,7 @@ def synchronised(call: Callable[[], object], device: str) -> Callable[[], object
 
 
 def measured(
-    device: str, rounds: int, sizes: Sequence[tuple[int, ...]], modes: Sequence[bool], names: Sequence[str] = ()
+    device: str, rounds: int, sizes: Sequence[tuple[int, ...]], modes: Sequence[str], names: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """One record for every solver and latent shape: values checked, then counts, then times."""
     for case in CASES:
@@ -299,5 +312,5 @@ def measured(
                     "guidance": case.guidance,
                     "relative_difference": error,
                     "counts": counted(case, shape, device),
-                    "times": [timed(case, shape, device, rounds, compiled) for compiled in modes],
+                    "times": [timed(case, shape, device, rounds, mode) for mode in modes],
                 }

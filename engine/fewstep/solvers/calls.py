@@ -47,6 +47,7 @@ def other_calls(plan: Plan, stages: Sequence[Stage], others: Mapping[str, Any] |
 def _network_call(plan: Plan, network: Any, prediction: Prediction | None, told: bool = False) -> Asked:
     """told: whether the network is told where it lands. prediction: what a denoiser must predict; None for any."""
     module = getattr(network, "module", network)
+    module = getattr(module, "_orig_mod", module)  # of torch.compile(denoiser)
     jumps = not isinstance(module, Denoiser) and isinstance(getattr(module, "denoiser", None), Denoiser)
     if jumps and module.two_times and not told:
         raise UserError(
