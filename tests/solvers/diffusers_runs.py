@@ -8,6 +8,8 @@ to float32 set the tolerances.
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from collections.abc import Callable
 
 import pytest
@@ -84,6 +86,13 @@ def ours(plan: solvers.Plan):
 def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     assert torch.isfinite(found).all() and torch.isfinite(expected).all()
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def drawing_brownian(module: str, name: str):
+    """A scheduler's class that draws from torchsde's Brownian tree, which tests replace: torchsde need not be there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
+        return getattr(importlib.import_module(f"diffusers.schedulers.scheduling_{module}"), name)
 
 
 def times_of(schedule: schedules.Schedule, sigmas) -> list[float]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from fewstep import solvers
 from fewstep.diffusion import schedules
-from fewstep.diffusion.prediction import Prediction
 from tests.solvers.diffusers_runs import (
     COND,
     DRAWN,
@@ -23,6 +20,7 @@ from tests.solvers.diffusers_runs import (
     apart,
     compare,
     diffusers,
+    drawing_brownian,
     ours,
     planned,
     tabled,
@@ -93,58 +91,126 @@ def test_few_steps_of_flow_models(scheduler, solver, shift, monkeypatch):
         assert apart(ours(plan)[0], theirs(scheduler, START, monkeypatch)[0]) < 1e-5
 
 
-@pytest.mark.parametrize("order", [1, 2])
-def test_stable_audios_sampler(order, monkeypatch):
-    """Its v is EDM's F of the other sign, at sigma_data 1; its network is told 2 atan(sigma)/pi."""
-    # it draws from torchsde's Brownian tree, for which this test gives its own noise
-    monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
-    module = importlib.import_module("diffusers.schedulers.scheduling_cosine_dpmsolver_multistep")
-    schedule, kind = schedules.get("edm", t_min=0.3, t_max=500.0), Prediction("edm", sigma_data=1.0)
-    for steps in (1, 2, 5, 10, 24):
-        scheduler = module.CosineDPMSolverMultistepScheduler(solver_order=order)
+@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("grid", ["linspace", "leading", "trailing", "karras", "exponential", "beta"])
+def test_kdiffusions_dpmpp_sde(grid, kind, monkeypatch):
+    """Two draws of one Brownian path a step, as our rows have them; the first goes to the even middle in lambda."""
+    schedule = schedules.get("sd")
+    for steps in (1, 2, 3, 5, 10, 20, 50):
+        laid = {"timestep_spacing": grid} if grid[0] in "lt" else {f"use_{grid}_sigmas": True}
+        made = {**SD, **laid, "prediction_type": NAMES[kind]}
+        scheduler = drawing_brownian("dpmsolver_sde", "DPMSolverSDEScheduler")(**made)
         scheduler.set_timesteps(steps)
-        scheduler.sigmas = scheduler.sigmas.double()
-        drawn = iter(DRAWN.unbind(1))
-        scheduler.noise_sampler = lambda *_, drawn=drawn: next(drawn)
-        levels = [*(float(sigma) for sigma in scheduler.sigmas[:-1]), 0.0]
+        scheduler.sigmas = scheduler.sigmas.double().clamp(max=schedule.ratio(schedule.last_time))
+        levels = times_of(schedule, scheduler.sigmas)
+        draws, path = iter(DRAWN.unbind(1)), {}
+
+        def drawn(high, low, draws=draws, path=path):
+            if path and path["high"] == high:
+                share = (high - path["low"]) / (high - low)
+                return share.sqrt() * path["noise"] + (1 - share).sqrt() * next(draws)
+            path.update(high=high, low=low, noise=next(draws))
+            return path["noise"]
+
+        scheduler.noise_sampler = drawn
+        expected, _ = theirs(scheduler, START / schedule.alpha(levels[0]), monkeypatch)
+        assert apart(ours(planned("dpmpp_sde", steps, levels, kind))[0], expected) < 1e-9, steps
+
+
+def test_karras_and_others_own_stochastic_heun(monkeypatch):
+    """Its levels are the squares of those between its sigma_max and sigma_min; its churn comes before the network."""
+    from diffusers.schedulers.deprecated import KarrasVeScheduler
+
+    schedule = schedules.get("edm", t_max=1e4, t_min=4e-4)
+    for steps in (2, 3, 5, 10, 20, 50):
+        scheduler = KarrasVeScheduler()
+        scheduler.set_timesteps(steps)
+        scheduler.schedule = scheduler.schedule.double()
+        levels = [float(scheduler.schedule[t]) for t in scheduler.timesteps] + [0.0]
+        net, x, draws = Net(), START, []
+        module = "diffusers.schedulers.deprecated.scheduling_karras_ve.randn_tensor"
+        for number, t in enumerate(scheduler.timesteps):
+            sigma, lower = torch.tensor(levels[number : number + 2], dtype=torch.float64)
+            with monkeypatch.context() as patch:
+                patch.setattr(module, lambda *_, number=number, **__: DRAWN[:, number])
+                hat, raised = scheduler.add_noise_to_input(x, sigma)
+            draws += [DRAWN[:, number]] * bool(raised > sigma)
+            step = scheduler.step(-net.guided(hat, t, COND), raised, lower, hat)
+            x = step.prev_sample
+            if lower > 0:
+                again = -net.guided(x, t, COND)
+                x = scheduler.step_correct(again, raised, lower, hat, x, step.derivative).prev_sample
         plan = solvers.plan(
-            "dpmpp_2m_sde",
+            "heun",
             schedule,
             steps,
             grid=levels,
-            prediction=kind,
+            prediction="eps",
             guidance=GUIDANCE,
             initial_scale=1.0,
-            lower_order_final=True,
-            **({"order": 1} if order == 1 else {}),
+            churn=80.0,
+            churn_low=0.05,
+            churn_high=50.0,
+            churn_noise=1.007,
         )
-        expected, _ = theirs(scheduler, START, monkeypatch, convert=lambda out, x: -out)
-        assert apart(ours(plan)[0], expected) < 1e-5
+        assert plan.stochastic_stages == len(draws)
+        assert apart(solvers.sample(Net(), plan, torch.stack([START, *draws], 1), COND), x) < 1e-9, steps
 
 
-@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
-def test_cogvideos_sampler_is_sde_2m(kind, monkeypatch):
-    from diffusers.schedulers import scheduling_dpm_cogvideox
-
-    for steps in (1, 2, 5, 10):
-        scheduler = tabled(
-            "CogVideoXDPMScheduler",
-            prediction_type=NAMES[kind],
-            snr_shift_scale=1.0,
-            timestep_spacing="trailing",
-            rescale_betas_zero_snr=False,
-        )
+def test_the_predictor_of_score_sde_is_ddpm_with_the_forward_noise(monkeypatch):
+    """Down to sigma = 0 and noise on the last step too. (Its corrector: fewstep.solvers.langevin, by sample.)"""
+    schedule = schedules.get("edm", t_max=1348.0, t_min=0.01)
+    for steps in (2, 3, 5, 10, 20, 50):
+        scheduler = diffusers.ScoreSdeVeScheduler()
         scheduler.set_timesteps(steps)
-        net, x, old, before = Net(), START, None, None
-        with monkeypatch.context() as patch:
-            for number, t in enumerate(scheduler.timesteps):
-                drawn = DRAWN[:, number]
-                patch.setattr(scheduling_dpm_cogvideox, "randn_tensor", lambda *_, drawn=drawn, **__: drawn)
-                x, old = scheduler.step(net.guided(x, t, COND), old, t, before, x)
-                before = t
-        plan = planned("dpmpp_2m_sde", steps, "trailing", kind)
-        found, told = ours(plan)
-        assert apart(found, x) < 1e-9 and told == net.times
+        scheduler.set_sigmas(steps)
+        levels = [*scheduler.discrete_sigmas.double().flip(0).tolist(), 0.0]
+        scheduler.discrete_sigmas = scheduler.discrete_sigmas.double()
+        net, x = Net(), START
+        module = "diffusers.schedulers.scheduling_sde_ve.randn_tensor"
+        for number, t in enumerate(scheduler.timesteps):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, lambda *_, number=number, **__: DRAWN[:, number])
+                score = -net.guided(x, t, COND) / levels[number]
+                x = scheduler.step_pred(score, t, x).prev_sample
+        plan = solvers.plan(
+            "ddpm",
+            schedule,
+            steps,
+            grid=levels,
+            prediction="eps",
+            guidance=GUIDANCE,
+            initial_scale=1.0,
+            variance="fixed_large",
+            final_noise=True,
+        )
+        assert apart(ours(plan)[0], x) < 1e-9, steps
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0"])
+def test_unclips_sampler_is_ddpm(kind, monkeypatch):
+    for steps in (2, 3, 5, 10, 20, 50):
+        scheduler = tabled_unclip(NAMES[kind])
+        scheduler.set_timesteps(steps)
+        times = [*scheduler.timesteps.tolist(), -1]
+        net, x = Net(), START
+        for number, t in enumerate(scheduler.timesteps):
+            with monkeypatch.context() as patch:
+                module = "diffusers.schedulers.scheduling_unclip.randn_tensor"
+                patch.setattr(module, lambda *_, number=number, **__: DRAWN[:, number])
+                x = scheduler.step(net.guided(x, t, COND), t, x, prev_timestep=times[number + 1]).prev_sample
+        found, told = ours(planned("ddpm", steps, [float(t) for t in times], kind))
+        assert apart(found, x) < 1e-9 and told == net.times, steps
+
+
+def tabled_unclip(kind: str):
+    """UnCLIPScheduler on Stable Diffusion's table, in float64: its own is not one of ours."""
+    scheduler = diffusers.UnCLIPScheduler(prediction_type=kind, clip_sample=False)
+    scheduler.alphas_cumprod = tabled("DDPMScheduler").alphas_cumprod
+    ones = torch.ones(1, dtype=torch.float64)
+    scheduler.alphas = scheduler.alphas_cumprod / torch.cat([ones, scheduler.alphas_cumprod[:-1]])
+    scheduler.betas = 1.0 - scheduler.alphas
+    return scheduler
 
 
 def test_the_schedulers_here_are_those_there_are():
@@ -152,31 +218,17 @@ def test_the_schedulers_here_are_those_there_are():
     beside = {
         "AmusedScheduler": "discrete tokens",
         "BlockRefinementScheduler": "discrete tokens",
-        "CogVideoXDDIMScheduler": "DDIM on shifted betas",
-        "DPMSolverSDEScheduler": "draws from a Brownian tree",
-        "DDPMWuerstchenScheduler": "a schedule of its own",
         "DiscreteDDIMScheduler": "discrete tokens",
         "EntropyBoundScheduler": "discrete tokens",
-        "HeliosDMDScheduler": "one model's pyramid",
-        "HeliosScheduler": "one model's pyramid",
-        "KarrasVeScheduler": "deprecated",
-        "LTXEulerAncestralRFScheduler": "another ancestral step, of ComfyUI",
-        "MiniMaxH3Scheduler": "one model's",
-        "PiflowScheduler": "policies of 128 inner steps",
-        "RePaintScheduler": "inpainting",
-        "RFD4ProteinaScheduler": "proteins",
-        "ScoreSdeVeScheduler": "a Langevin corrector",
-        "ScoreSdeVpScheduler": "deprecated",
-        "UnCLIPScheduler": "DDPM with a learned variance",
+        "RePaintScheduler": "mixes a known picture in, by the caller's mask",
+        "RFD4ProteinaScheduler": "another law on purpose: it multiplies the score, between times of its own",
+        "ScoreSdeVpScheduler": "deprecated; Euler-Maruyama in t, which does not keep the schedule's levels",
         "VQDiffusionScheduler": "discrete tokens",
     }
-    named = {name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith(("Flax", "PlanS"))}
+    named = {name for module in (diffusers, diffusers.schedulers) for name in dir(module)}
+    named = {name for name in named if name.endswith("Scheduler") and not name.startswith(("Flax", "PlanS"))}
     held = set()
-    for page in ("", "_matrix", "_tables", "_grids", "_others"):
-        text = (SHELF / f"test_diffusers{page}.py").read_text(encoding="utf-8")
-        held |= {
-            name
-            for name in named
-            if f'"{name}"' in text.partition("def test_the_schedulers_here")[0] or f".{name}(" in text
-        }
-    assert named - held <= beside.keys()
+    for page in (*SHELF.glob("test_diffusers*.py"), SHELF / "test_piflow.py"):
+        text = page.read_text(encoding="utf-8").partition("def test_the_schedulers_here")[0]
+        held |= {name for name in named if f'"{name}"' in text or f"{name}(" in text}
+    assert not held & beside.keys() and held | beside.keys() == named

@@ -56,6 +56,7 @@ CASES = [
     ("ddpm", 1, {"final_noise": True}),
     ("ddpm", 1, {"variance": "fixed_large", "final_noise": True}),
     ("euler_a", 1, {}),
+    ("euler_a", 1, {"coordinate": "flow"}),
     ("euler", 1, {"churn": 5.0, "churn_low": 0.1, "churn_high": 15.0}),
     ("heun", 2, {"churn": 5.0, "churn_low": 0.1, "churn_high": 15.0}),
     ("dpm2", 2, {"eta": 1.0}),  # the way down is of order 2, and noise on top of an exact law keeps it

@@ -18,20 +18,42 @@ from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError
 from fewstep.solvers import multistep, rows
+from fewstep.solvers.churn import level_down, lifted
 from fewstep.solvers.ddim import ddim
 from fewstep.solvers.grids import is_clean
 from fewstep.solvers.plans import Part, Row
 from fewstep.solvers.reading import SHAPED
 from fewstep.solvers.registry import register
+from fewstep.solvers.spacing import COORDINATES
 
 VARIANCES = ("fixed_small", "fixed_large", "analytic", "learned_range", "learned", "second_moment", "residual")
 EXTENDED = ("second_moment", "residual")
 
 
 @register("euler_a", "weak order 1, one evaluation a step; k-diffusion's Euler ancestral, which is ddim with eta=1")
-def euler_a(schedule: Schedule, times: Sequence[float], *, prediction: Prediction, eta: float = 1.0) -> list[Row]:
-    """The deterministic step down to sigma_down and fresh noise up to sigma': in every coefficient DDIM(eta)."""
-    return ddim(schedule, times, prediction=prediction, eta=eta)
+def euler_a(
+    schedule: Schedule,
+    times: Sequence[float],
+    *,
+    prediction: Prediction,
+    eta: float = 1.0,
+    coordinate: str = "ratio",
+) -> list[Row]:
+    """The deterministic step down to sigma_down and fresh noise up to sigma': in every coefficient DDIM(eta).
+
+    `coordinate` is where sigma_down lies below sigma': "ratio" (sigma/alpha), or "flow" (sigma/(alpha + sigma)), which
+    is another sampler, of less noise: ComfyUI's Euler ancestral for flow models (LTX-Video, Flux).
+    """
+    multistep.chosen("euler_a", "coordinate", coordinate, COORDINATES)
+    same = ddim(schedule, times, prediction=prediction, eta=eta)
+    if coordinate == "ratio" or eta == 0.0:
+        return same
+    table = []
+    for step, (t, s) in enumerate(itertools.pairwise(times)):
+        down = level_down(schedule, t, s, eta, coordinate)
+        of_x, of_denoised = rows.jump(schedule, t, down)
+        table.append(lifted(schedule, Row(t, down, {"x": {"x": of_x, "D": of_denoised}}, step), s))
+    return table
 
 
 @register("ddpm", "weak order 1, one evaluation a step; 2006.11239, analytic variance 2201.06503")

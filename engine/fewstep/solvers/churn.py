@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fewstep.diffusion import real
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError
-from fewstep.solvers import rows
+from fewstep.solvers import rows, spacing
 from fewstep.solvers.grids import is_clean
 from fewstep.solvers.plans import Row
 
@@ -46,10 +46,15 @@ class Churn:
         return found
 
 
-def level_down(schedule: Schedule, t: float, s: float, eta: float) -> float:
-    """The time an ancestral step from t goes down to before noise lifts it to s: k-diffusion's sigma_down."""
+def level_down(schedule: Schedule, t: float, s: float, eta: float, coordinate: str = "ratio") -> float:
+    """The time an ancestral step from t goes down to before noise lifts it to s: k-diffusion's sigma_down in
+    sigma/alpha ("ratio"); in u = sigma/(alpha + sigma) ("flow") ComfyUI's of flow models, u' (1 + eta (u'/u - 1)).
+    """
     if eta == 0.0 or is_clean(schedule, s):
         return s
+    if coordinate == "flow":
+        level, level_to = spacing.flow_level(schedule, t), spacing.flow_level(schedule, s)
+        return spacing.time_of_flow_level(schedule, level_to * (1.0 + eta * (level_to / level - 1.0)))
     ratio, ratio_to = schedule.ratio(t), schedule.ratio(s)
     up = eta * ratio_to * (math.sqrt(1.0 - (ratio_to / ratio) ** 2) if not real.isinf(ratio) else 1.0)
     left = math.sqrt(max(ratio_to**2 - up**2, 0.0))
