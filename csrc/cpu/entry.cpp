@@ -114,7 +114,7 @@ int fewstep_cpu_lincomb(const fewstep_lincomb *job, int64_t threads) {
         if (!known(tensors[i].dtype)) return 1;
         wide |= i < inputs && tensors[i].dtype == FEWSTEP_FLOAT64;
     }
-    if (fewstep_overlaps(*job)) return 2;
+    if (fewstep_overlaps(*job)) return FEWSTEP_OVERLAP;
     if (wide) run_lincomb<double>(inputs, outputs, batch, count, tensors, job->coefficients, (const int64_t *)job->seeds, stream, threads);
     else run_lincomb<float>(inputs, outputs, batch, count, tensors, job->coefficients, (const int64_t *)job->seeds, stream, threads);
     return 0;

@@ -118,7 +118,7 @@ int fewstep_cuda_lincomb(const fewstep_lincomb *job, void *stream) {
     if (inputs < 1 || inputs > MOST_INPUTS || outputs < 1 || outputs > MOST_OUTPUTS || batch < 0 || count < 0) return 1;
     if (noise_stream < 0 || noise_stream > UINT32_MAX) return 1;
     if (job->coefficients.dtype != FEWSTEP_FLOAT32 && job->coefficients.dtype != FEWSTEP_FLOAT64) return 1;
-    if (fewstep_overlaps(*job)) return 2;
+    if (fewstep_overlaps(*job)) return FEWSTEP_OVERLAP;
     Arguments a{};
     a.coefficients = job->coefficients, a.seeds = seeds, a.count = count, a.inputs = (int)inputs, a.stream = (uint32_t)noise_stream;
     a.blocks = (count + THREADS * EIGHT - 1) / (THREADS * EIGHT);

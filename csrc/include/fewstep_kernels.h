@@ -1,7 +1,7 @@
 /* Every function that libfewstep_cpu.so and libfewstep_cuda.so export.
  *
  * Plain C: raw pointers, sizes, a stream; no torch. Tables are arrays of int64 so that any caller can pack them.
- * Functions return 0, or a code: 1 for an argument outside its range, 1000 + cudaError_t for a CUDA failure.
+ * Functions return 0, or a code: 1 for an argument outside its range, 2 to 4 as below, 1000 + cudaError_t for a CUDA failure.
  * Strides and counts are in elements. A sample's elements are contiguous; samples are batch_stride apart (0: one sample for all).
  */
 #ifndef FEWSTEP_KERNELS_H
@@ -17,6 +17,7 @@ extern "C" {
 #endif
 
 enum { FEWSTEP_FLOAT32 = 0, FEWSTEP_BFLOAT16 = 1, FEWSTEP_FLOAT16 = 2, FEWSTEP_FLOAT64 = 3, FEWSTEP_INT64 = 4 };
+enum { FEWSTEP_OVERLAP = 2, FEWSTEP_NOT_PLAIN = 3, FEWSTEP_DONE = 4 };
 
 typedef struct {
     int64_t data; /* address */
@@ -42,8 +43,8 @@ typedef struct {
 
 /* out[m][b] = sum_k c[b][m][k] in[k][b], tensors = the inputs, then the outputs. With seeds (int64 [batch]) the coefficients have
  * one more column, for standard normal noise. Accumulates in float64 when an input is float64, else in float32; products and sums round
- * separately, in the order of the inputs. An output may be an input (same address, stride and dtype); 2, and nothing written, where one
- * overlaps an input otherwise, another output, or itself. One table of int64, so that the call costs the host as little as may be. */
+ * separately, in the order of the inputs. An output may be an input (same address, stride and dtype); FEWSTEP_OVERLAP, and nothing written,
+ * where one overlaps an input otherwise, another output, or itself. One table of int64, so that the call costs the host as little as may be. */
 typedef struct {
     int64_t inputs, outputs, batch, count;
     int64_t seeds; /* address, or 0 */
@@ -53,6 +54,21 @@ typedef struct {
 } fewstep_lincomb;
 
 int fewstep_cpu_lincomb(const fewstep_lincomb *job, int64_t threads);
+int fewstep_cpu_overlaps(const fewstep_lincomb *job); /* 0 or FEWSTEP_OVERLAP */
+
+/* A lincomb of Python's tensors: the addresses of their objects, inputs, outputs, coefficients and, with noise = 1, seeds. */
+typedef struct {
+    int64_t inputs, outputs, noise, noise_stream;
+    int64_t objects[1];
+} fewstep_objects;
+
+/* Writes the job (room for all its tensors) of tensors of any one device. FEWSTEP_NOT_PLAIN unless they have one shape [B, ...] of at least
+ * two elements and one dense sample layout (row-major where noise is drawn), dtypes and sizes that fit, and memory; FEWSTEP_OVERLAP as
+ * above. A job on the CPU without noise and with at most `small` products is run at once: then FEWSTEP_DONE.
+ * Tensors are read by the table that fewstep_cpu_exchange was given: the DLPackExchangeAPI of their type, version 1; it returns 1 where it
+ * cannot use that. Callers hold Python's lock; an error may be set where the answer is FEWSTEP_NOT_PLAIN. */
+int fewstep_cpu_exchange(const void *api);
+int fewstep_cpu_look(const fewstep_objects *given, fewstep_lincomb *job, int64_t small);
 
 /* out [batch, count], contiguous: Philox4x32-10 keyed by seeds[b], counter (element / 4, stream). */
 int fewstep_cpu_normal(const int64_t *seeds, int64_t batch, int64_t count, int64_t stream, void *out, int64_t dtype, int64_t threads);

@@ -8,10 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import native
-
-_SIZES = [dtype.itemsize for dtype in native.DTYPES]  # by code
-
 
 def _strides(x: Tensor) -> tuple[int, ...]:
     """Strides inside a sample; 0 where the size is 1 and the stride means nothing."""
@@ -73,28 +69,6 @@ def match(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[list[Ten
                 f"an output's samples overlap each other (batch stride {y.stride(0)}); pass a tensor with room for all."
             )
     return read, write
-
-
-def apart(rows: Sequence[int], inputs: int, batch: int, count: int) -> bool:
-    """Whether no output shares memory with another output, nor with an input other than exactly.
-
-    rows: (address, batch stride, dtype's code) of the inputs, then of the outputs; samples of `count` dense elements.
-    False also where telling takes a closer look (`match`): samples of two tensors that alternate in memory.
-    """
-    spans = []
-    for at in range(0, len(rows), 3):
-        start, stride, code = rows[at : at + 3]
-        size = _SIZES[code]
-        spans.append((start, start + (stride * (batch - 1) + count) * size, stride, code))
-    for i in range(inputs, len(spans)):
-        start, end, stride, _ = y = spans[i]
-        if stride < count and batch > 1:
-            return False
-        for j in range(i):
-            x = spans[j]
-            if start < x[1] and x[0] < end and (j >= inputs or x != y):
-                return False
-    return True
 
 
 def _clash(y: Tensor, x: Tensor, same: bool = False) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import operator
+from array import array
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backends, layout, native
+from . import backends, native
 
 try:
     import triton
@@ -23,14 +26,16 @@ MOST = {
     "cuda": (16, 4),
     "triton": (32, 16),
 }  # inputs and outputs a backend takes; beyond, the reference
-OVERLAP = 2  # the C functions' answer to an output that shares memory other than exactly with an input
 _CODES = native.DTYPES
-_COEFFICIENTS = (torch.float32, torch.float64)
+_compiled: dict[tuple, Any] = {}  # what Triton made of the kernel, by kind of arguments
+_MOST_COMPILED = 1024
+_SMALL = 1 << 16  # products that take some 10 microseconds: the interpreter's lock is not handed over for less
+_PLAIN, _wants_gradient = {Tensor}, operator.attrgetter("requires_grad")
 
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["stream"])
     def lincomb_kernel(
         inputs,  # K pointers
         outputs,  # M pointers
@@ -74,40 +79,73 @@ if triton is not None:
             tl.store(target, totals[m] if kind == tl.float64 else totals[m].to(tl.float32).to(kind), mask=inside)
 
 
-def launch_triton(inputs, outputs, rows, batch, count, coefficients, seeds, stream) -> None:
+def launch_triton(inputs, outputs, job, coefficients, seeds) -> None:
+    """Launch on tensors that lie as the job (`native.job`) says: what is compiled for their kind, looked up once."""
+    size, batch, count, stream = job[0], job[2], job[3], job[native.NOISE_STREAM]
+    rows, noise = job[native.HEAD :], seeds is not None
+    strides, codes = tuple(rows[1::3]), tuple(rows[2::3])
     block = min(1024, max(16, 1 << (count - 1).bit_length()))
     blocks = -(-count // block)
-    size = len(inputs)
-    wide = tl.float64 if _CODES[torch.float64] in rows[2 : 3 * size : 3] else tl.float32
-    strides, table = tuple(rows[1::3]), coefficients.stride()
+    arguments = (
+        tuple(inputs),
+        tuple(outputs),
+        strides[:size],
+        strides[size:],
+        coefficients,
+        *job[native.TABLE_STRIDES],
+        seeds if noise else coefficients,
+        stream,
+        count,
+        blocks,
+        tl.float64 if _CODES[torch.float64] in codes[:size] else tl.float32,
+        noise,
+        block,
+    )
+    # Triton compiles anew for other dtypes, some numbers (1, multiples of 16, wide ones) and addresses off 16 bytes;
+    # finding that out takes it twice as long as the launch. A kind is told here by all numbers but the addresses.
+    kind = (
+        inputs[0].get_device(),
+        size,
+        count,
+        noise,
+        stream >> 31,
+        *job[native.TABLE_STRIDES],
+        job[10],
+        strides,
+        codes,
+    )
+    aligned = functools.reduce(operator.or_, rows[0::3], job[native.TABLE] | job[native.SEEDS]) % 16 == 0
     with native.on_device_of(inputs[0]):
-        lincomb_kernel[(batch * blocks,)](
-            tuple(inputs),
-            tuple(outputs),
-            strides[:size],
-            strides[size:],
-            coefficients,
-            table[0] if len(table) == 3 else 0,
-            table[-2],
-            table[-1],
-            seeds if seeds is not None else coefficients,
-            stream,
-            count,
-            blocks,
-            WIDE=wide,
-            NOISE=seeds is not None,
-            BLOCK=block,
+        compiled = _compiled.get(kind) if aligned else None
+        if compiled is not None:
+            compiled[(batch * blocks, 1, 1)](*arguments)
+            return
+        compiled = lincomb_kernel[(batch * blocks,)](
+            *arguments,
             num_warps=4,
             enable_fp_fusion=False,  # products and sums round separately, as in the reference
         )
+    if aligned and compiled is not None:  # the interpreter compiles nothing
+        if len(_compiled) >= _MOST_COMPILED:
+            _compiled.clear()
+        _compiled[kind] = compiled
 
 
-def _launch_c(inputs, outputs, rows, batch, count, coefficients, seeds, stream) -> int:
-    table = coefficients.stride()
-    sizes = (len(inputs), len(outputs), batch, count)
-    noise = (0 if seeds is None else seeds.data_ptr(), stream)
+def _job(inputs, outputs, coefficients, seeds, stream) -> array[int]:
+    """fewstep_lincomb (native), of tensors that fit."""
+    batch, table = inputs[0].shape[0], coefficients.stride()
+    sizes = (len(inputs), len(outputs), batch, inputs[0].numel() // batch)
+    noise = (0, 0) if seeds is None else (seeds.data_ptr(), stream)
     at = (coefficients.data_ptr(), table[0] if len(table) == 3 else 0, *table[-2:], _CODES[coefficients.dtype])
-    return native.run("lincomb", inputs[0], native.table((*sizes, *noise, *at, *rows)))
+    rows = [v for x in (*inputs, *outputs) for v in (x.data_ptr(), x.stride(0), _CODES[x.dtype])]
+    return array("q", (*sizes, *noise, *at, *rows))
+
+
+def _run(backend, inputs, outputs, job, coefficients, seeds) -> None:
+    if backend == "triton":
+        launch_triton(inputs, outputs, job, coefficients, seeds)
+    else:
+        native.call("lincomb", inputs[0], job.buffer_info()[0])
 
 
 def launch(
@@ -119,49 +157,20 @@ def launch(
     stream: int,
 ) -> None:
     """Write outputs from inputs: all of one sample layout, outputs apart from one another and from unequal inputs."""
-    batch = inputs[0].shape[0]
-    count = inputs[0].numel() // batch
-    rows = [v for x in (*inputs, *outputs) for v in (x.data_ptr(), x.stride(0), _CODES[x.dtype])]
-    if backend == "triton":
-        launch_triton(inputs, outputs, rows, batch, count, coefficients, seeds, stream)
-    else:
-        code = _launch_c(inputs, outputs, rows, batch, count, coefficients, seeds, stream)
-        native.check("lincomb", inputs[0], code)
+    _run(backend, inputs, outputs, _job(inputs, outputs, coefficients, seeds, stream), coefficients, seeds)
 
 
-@functools.lru_cache(256)
-def _layout(shape: torch.Size, strides: tuple[int, ...]) -> tuple[bool, bool]:
-    """Whether a sample fills one stretch of memory, and whether in row-major order."""
-    model = torch.empty_strided(shape, strides, device="meta")
-    return layout.is_dense(shape[1:], strides[1:]), layout.is_row_major(model)
-
-
-def _rows(
-    tensors: Iterable[Tensor], shape: torch.Size, strides: tuple[int, ...], device: int, tracked: bool
-) -> list[int] | None:
-    """(address, batch stride, dtype's code) of every tensor; None if one is not plain."""
-    rows: list[int] = []
-    for x in tensors:
-        if type(x) is not Tensor or x.shape != shape or x.get_device() != device or (tracked and x.requires_grad):
+def _fresh(
+    inputs: Sequence[Tensor], coefficients: Tensor, dtypes: Sequence[torch.dtype] | None
+) -> Sequence[Tensor] | None:
+    """Outputs to write, like the first input; None where no dtypes can be told."""
+    if dtypes is None:
+        if coefficients.dim() < 2 or not all(isinstance(x, Tensor) for x in inputs):
             return None
-        own, address, code = x.stride(), x.data_ptr(), _CODES.get(x.dtype)
-        if (own != strides and own[1:] != strides[1:]) or not address or code is None:
-            return None
-        rows += (address, own[0], code)
-    return rows
-
-
-def _plain_seeds(seeds: Tensor, stream: int, batch: int, device: int) -> bool:
-    return (
-        type(seeds) is Tensor
-        and seeds.dtype == torch.int64
-        and seeds.shape == (batch,)
-        and (seeds.stride() == (1,) or batch == 1)
-        and seeds.get_device() == device
-        and seeds.data_ptr() != 0
-        and type(stream) is int
-        and 0 <= stream < 1 << 32
-    )
+        dtypes = [functools.reduce(torch.promote_types, {x.dtype for x in inputs})] * coefficients.shape[-2]
+    elif not _CODES.keys() >= set(dtypes):
+        return None
+    return [torch.empty_like(inputs[0], dtype=dtype) for dtype in dtypes]
 
 
 def direct(
@@ -177,59 +186,28 @@ def direct(
     Plain: torch's own tensors of one device, shape and sample layout, no gradient wanted, outputs that share no memory
     but exactly an input's. Whatever is not, errors included, is the caller's. Only where `registration.quiet()`.
     """
-    if not inputs or type(inputs[0]) is not Tensor or type(coefficients) is not Tensor:
+    if not inputs or type(inputs[0]) is not Tensor or type(coefficients) is not Tensor or coefficients.is_neg():
         return None
-    first = inputs[0]
-    shape, strides, device, numel, tracked = (
-        first.shape,
-        first.stride(),
-        first.get_device(),
-        first.numel(),
-        torch.is_grad_enabled(),
-    )
+    first, noise = inputs[0], 0 if seeds is None else 1
     backend, _ = backends.choose("lincomb", "cpu" if first.is_cpu else "cuda" if first.is_cuda else "meta")
-    most, columns, table = MOST.get(backend), len(inputs) + (seeds is not None), coefficients.shape
-    # A negated view, which torch resolves before it calls an operator, is dense only if it has one element.
-    if most is None or columns > most[0] or numel < 2 or coefficients.is_neg():
-        return None
-    batch = shape[0]
-    if len(table) == 3:
-        batches, given, last = table
-        if batches != batch:
-            return None
-    elif len(table) == 2:
-        given, last = table
-    else:
-        return None
-    if last != columns or not 0 < given <= most[1] or coefficients.dtype not in _COEFFICIENTS:
-        return None
-    if coefficients.get_device() != device or not coefficients.data_ptr() or (tracked and coefficients.requires_grad):
-        return None
-    dense, row_major = (True, True) if first.is_contiguous() else _layout(shape, strides)
-    if not dense or (seeds is not None and not (row_major and _plain_seeds(seeds, stream, batch, device))):
+    most = MOST.get(backend)
+    if most is None or len(inputs) + noise > most[0]:
         return None
     if out is None:
-        read = _rows(inputs, shape, strides, device, tracked)
-        if read is None:
-            return None
-        if dtypes is None:
-            dtypes = [functools.reduce(torch.promote_types, {x.dtype for x in inputs})] * given
-        elif not _CODES.keys() >= set(dtypes):
-            return None
-        out = [torch.empty_like(first, dtype=dtype) for dtype in dtypes]
-        write = _rows(out, shape, strides, device, tracked)
-        rows = read + write if write is not None else None
-    else:
-        rows = _rows((*inputs, *out), shape, strides, device, tracked)
-    if rows is None or len(out) != given:
+        out = _fresh(inputs, coefficients, dtypes)
+    if not out or len(out) > most[1]:
         return None
-    if backend != "triton":
-        code = _launch_c(inputs, out, rows, batch, numel // batch, coefficients, seeds, stream)
-        if code == OVERLAP:
-            return None
-        native.check("lincomb", first, code)
-    elif layout.apart(rows, len(inputs), batch, numel // batch):
-        launch_triton(inputs, out, rows, batch, numel // batch, coefficients, seeds, stream)
-    else:
+    tensors = (*inputs, *out, coefficients) if seeds is None else (*inputs, *out, coefficients, seeds)
+    if {*map(type, tensors)} != _PLAIN or (torch.is_grad_enabled() and any(map(_wants_gradient, tensors))):
+        return None
+    if seeds is None:
+        stream = 0
+    elif type(stream) is not int or not 0 <= stream < 1 << 32:
+        return None
+    small = _SMALL if backend == "cpu" else 0
+    code, job = native.look(tensors, len(inputs), len(out), noise, stream, small)
+    if code == 0:
+        _run(backend, inputs, out, job, coefficients, seeds)
+    elif code != native.DONE:
         return None
     return tuple(out)

@@ -1,7 +1,7 @@
 """A lincomb that is called again and again with the same coefficients and mostly the same tensors: looked at once.
 
-What `lincomb` finds out about its arguments at every call (some 8 microseconds on the host) is found out when it is
-prepared; a call fills in the few addresses that change. The bits are lincomb's.
+What `lincomb` finds out about its arguments at every call is found out when it is prepared; a call fills in the few
+addresses that change. The bits are lincomb's.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, layout, native
-from .lincomb_kernels import MOST, OVERLAP, launch_triton
-
-_SEEDS, _HEAD = 4, 11  # places in fewstep_lincomb, in int64 numbers: of the seeds, of the first tensor
+from . import backends, native
+from .lincomb_kernels import MOST, launch_triton
+from .native import HEAD, OVERLAP, SEEDS
 
 
 class Share(NamedTuple):
@@ -51,7 +50,7 @@ class PreparedLincomb:
         shares: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for place, x in enumerate((*inputs, *out)):
             if isinstance(x, Share):
-                shares.setdefault((x.given, x.parts), []).append((_HEAD + 3 * place, x.part))
+                shares.setdefault((x.given, x.parts), []).append((HEAD + 3 * place, x.part))
         # of each given tensor its number, shape, and the places in the table of its parts
         self._given = [
             (number, torch.Size((parts * self._batch, *like.shape[1:])), places)
@@ -59,7 +58,8 @@ class PreparedLincomb:
         ]
         columns, most = len(inputs) + (stream is not None), MOST.get(self.backend, (0, 0))
         self.ready = (
-            like.numel() >= 2
+            (self.backend != "triton" or native.cpu().look is not None)
+            and like.numel() >= 2
             and like.is_contiguous()
             and columns <= most[0]
             and len(out) <= most[1]
@@ -81,7 +81,7 @@ class PreparedLincomb:
         return (
             type(x) is Tensor
             and x.shape == shape
-            and (x.is_contiguous() or x.stride()[1:] == self._inner)
+            and (x.is_contiguous() or (self._count > 1 and x.stride()[1:] == self._inner))
             and x.get_device() == self._device
             and x.dtype in native.DTYPES
             and x.data_ptr() != 0
@@ -106,7 +106,7 @@ class PreparedLincomb:
         if seeds is not None:
             if type(seeds) is not Tensor or not seeds.is_contiguous() or seeds.get_device() != self._device:
                 return False
-            table[_SEEDS] = seeds.data_ptr()
+            table[SEEDS] = seeds.data_ptr()
         if self.backend == "triton":
             return self._through_triton(given, seeds)
         code = native.run("lincomb", self.like, self._address)
@@ -127,9 +127,8 @@ class PreparedLincomb:
         return [found(x) for x in self._inputs], [found(x) for x in self._out]
 
     def _through_triton(self, given: Sequence[Tensor], seeds: Tensor | None) -> bool:
-        inputs, out = self.tensors(given)
-        rows = self._table[_HEAD:]
-        if not layout.apart(rows, len(inputs), self._batch, self._count):
+        if native.cpu().functions["overlaps"](self._address):
             return False
-        launch_triton(inputs, out, rows, self._batch, self._count, self._coefficients, seeds, self._stream or 0)
+        inputs, out = self.tensors(given)
+        launch_triton(inputs, out, self._table, self._coefficients, seeds)
         return True

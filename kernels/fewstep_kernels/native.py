@@ -6,7 +6,8 @@ import contextlib
 import ctypes
 import functools
 import struct
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,28 @@ _SIGNATURES: dict[str, list[Any]] = {
     "normalise_backward": [_pointer],
     "normalise_tangent": [_pointer],
 }
+# Places in fewstep_lincomb, in int64 numbers: of the seeds' address, the coefficients' and their strides, and of the
+# first tensor's (address, batch stride, dtype).
+SEEDS, NOISE_STREAM, TABLE, TABLE_STRIDES, HEAD = 4, 5, 6, slice(7, 10), 11
+OVERLAP, NOT_PLAIN, DONE = 2, 3, 4  # what the functions for a lincomb answer beside 0
+_BLANK = array("q", [0])
 _HERE = contextlib.nullcontext()
 _threads = torch.get_num_threads
 _ON_CUDA = ("lincomb", "normal", "uniform", "ema_update", "multi_tensor_l2norm", "adamw_ema_step")
 
 
 class Library:
-    """One shared library: `functions` by operator name, or `missing`, one sentence that says why there are none."""
+    """One shared library: `functions` by operator name, or `missing`, one sentence that says why there are none.
+
+    look: fewstep_cpu_look, None where torch does not let C code read its tensors.
+    """
 
     def __init__(self, kind: str, loader: type[ctypes.CDLL], last: type, names: tuple[str, ...]) -> None:
         path = Path(__file__).parent / "_lib" / f"libfewstep_{kind}.so"
         self.functions: dict[str, ctypes._NamedFuncPointer] = {}
         self.missing = ""
         self.instructions = ""
+        self.look: Callable[[bytes, int, int], int] | None = None
         if not path.is_file():
             compiler = "g++" if kind == "cpu" else "nvcc"
             self.missing = f"{path.name} was not built: install {compiler} and run pip install again"
@@ -58,12 +68,27 @@ class Library:
                 function = getattr(library, f"fewstep_{kind}_{name}")
                 function.argtypes, function.restype = [*_SIGNATURES[name], last], ctypes.c_int
                 self.functions[name] = function
+            if kind == "cpu":
+                library.fewstep_cpu_instructions.restype = ctypes.c_char_p
+                self.instructions = library.fewstep_cpu_instructions().decode()
+                self.functions["overlaps"], library.fewstep_cpu_overlaps.argtypes = (
+                    library.fewstep_cpu_overlaps,
+                    [_pointer],
+                )
+                library.fewstep_cpu_exchange.argtypes = [_pointer]
+                if library.fewstep_cpu_exchange(_exchange_table()) == 0:
+                    look = ctypes.PyDLL(str(path)).fewstep_cpu_look  # PyDLL: it reads Python's objects
+                    look.argtypes, look.restype = [_pointer, _pointer, _int], ctypes.c_int
+                    self.look = look
         except (OSError, AttributeError) as error:
             self.missing = f"{path.name} does not load: {error}"
-            return
-        if kind == "cpu":
-            library.fewstep_cpu_instructions.restype = ctypes.c_char_p
-            self.instructions = library.fewstep_cpu_instructions().decode()
+
+
+def _exchange_table() -> int | None:
+    """The address of the functions by which torch (2.10 and later) lets C code read its tensors: DLPack's."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    pointer = ctypes.PYFUNCTYPE(_pointer, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", ctypes.pythonapi))
+    return None if capsule is None else pointer(capsule, b"dlpack_exchange_api")
 
 
 @functools.cache
@@ -132,3 +157,22 @@ def _packer(length: int) -> struct.Struct:
 def table(values: Sequence[int]) -> bytes:
     """int64 numbers as the C functions read them: an argument by itself, good for one call."""
     return _packer(len(values)).pack(*values)
+
+
+def look(
+    tensors: Sequence[Tensor], inputs: int, outputs: int, noise: int, noise_stream: int, small: int
+) -> tuple[int, array[int]]:
+    """(fewstep_cpu_look's code, the job of a lincomb where that is 0) of plain tensors, looked at once.
+
+    tensors: inputs, outputs, coefficients and, with noise = 1, seeds. A job of no more than `small` products on the
+    CPU is run at once, and the code is DONE. Where torch lets no C code look, all are NOT_PLAIN.
+    """
+    job = _BLANK * (HEAD + 3 * (inputs + outputs))
+    read = cpu().look
+    if read is None:
+        return NOT_PLAIN, job
+    given = table((inputs, outputs, noise, noise_stream, *map(id, tensors)))
+    try:
+        return read(given, job.buffer_info()[0], small), job
+    except Exception:  # torch's own, on a tensor without memory
+        return NOT_PLAIN, job

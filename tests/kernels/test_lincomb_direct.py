@@ -8,9 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fewstep_kernels as fk
-from fewstep_kernels import layout, native
+from fewstep_kernels import native
 from fewstep_kernels.lincomb import lincomb, reference
-from fewstep_kernels.lincomb_kernels import OVERLAP, direct
+from fewstep_kernels.lincomb_kernels import direct
+from fewstep_kernels.native import DONE, NOT_PLAIN, OVERLAP
 
 pytestmark = pytest.mark.skipif(fk.backend("lincomb", "cpu") != "cpu", reason="libfewstep_cpu.so was not built")
 F32 = torch.float32
@@ -45,7 +46,7 @@ def test_plain_tensors_go_directly_and_get_the_references_bits(inputs, per_sampl
 
 
 X, WIDE = torch.randn(3, 8), torch.randn(3, 20)
-ODD = torch.complex(X, X + 1).conj().imag
+ODD = torch.complex(X, X + 1).conj().imag  # a negated view: -1 is not in its memory
 
 
 class Marked(torch.Tensor):
@@ -61,6 +62,10 @@ class Marked(torch.Tensor):
         ([X, X], torch.ones(1, 2, dtype=torch.bfloat16), None),
         ([ODD], torch.ones(1, 1), None),
         ([ODD[:1, :1]], torch.ones(1, 1), None),
+        ([ODD[:, 0]], torch.ones(1, 1), None),
+        ([ODD[:, :1]], torch.ones(1, 1), [WIDE[:, :2:2]]),
+        ([X[:, None].expand(3, 2, 8)], torch.ones(1, 1), None),
+        ([X.view(3, *[1] * 16, 8)], torch.ones(1, 1), None),
         ([X], torch.tensor([[1j]]).conj().imag, None),
         ([X.as_subclass(Marked)], torch.ones(1, 1), None),
         ([torch.nn.Parameter(X)], torch.ones(1, 1), None),
@@ -87,6 +92,55 @@ def test_a_tensor_of_another_device_is_refused():
         lincomb([X, X.to("meta")], torch.ones(1, 2))
     with pytest.raises(ValueError, match="one device; got cpu and meta"):
         lincomb([X], torch.ones(1, 1, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "table", "seeds"),
+    (
+        ([X, X[:, :4]], torch.ones(1, 2), None),
+        ([X, X[None]], torch.ones(1, 2), None),
+        ([X, X.long()], torch.ones(1, 2), None),
+        ([X.to_sparse()], torch.ones(1, 1), None),
+        ([X], torch.ones(2), None),
+        ([X], torch.ones(1, 2), None),
+        ([X], torch.ones(2, 1, 1), None),
+        ([X], torch.ones(1, 1, dtype=torch.int64), None),
+        ([X], torch.ones(1, 2), torch.arange(2)),
+        ([X], torch.ones(1, 2), torch.arange(3, dtype=torch.int32)),
+        ([X], torch.ones(1, 2), torch.arange(3)[:, None]),
+    ),
+)
+def test_what_cannot_be_is_left_to_the_checks(inputs, table, seeds):
+    assert direct(inputs, table, seeds, 0, [torch.empty_like(X)], None) is None
+    with pytest.raises((TypeError, ValueError, RuntimeError)):  # RuntimeError: torch's, of sparse tensors
+        lincomb(inputs, table, noise_seeds=seeds)
+
+
+@pytest.mark.parametrize("stream", (-1, 1 << 32))
+def test_a_stream_that_is_none_is_refused(stream):
+    assert direct([X], torch.ones(1, 2), torch.arange(3), stream, None, None) is None
+    with pytest.raises((TypeError, ValueError)):
+        lincomb([X], torch.ones(1, 2), noise_seeds=torch.arange(3), noise_stream=stream)
+
+
+def test_a_job_run_at_once_gets_the_bits_of_one_run_after_it_was_looked_at():
+    inputs, table = [torch.randn(3, 8) for _ in range(4)], torch.randn(2, 4)
+    now, later = ([torch.empty(3, 8) for _ in range(2)] for _ in range(2))
+    products = 3 * 8 * 4 * 2
+    code, job = native.look((*inputs, *later, table), 4, 2, 0, 0, products - 1)
+    assert code == 0
+    assert all(y.data_ptr() == row for y, row in zip(later, job[native.HEAD + 3 * 4 :: 3]))
+    native.call("lincomb", inputs[0], job.buffer_info()[0])
+    assert native.look((*inputs, *now, table), 4, 2, 0, 0, products)[0] == DONE
+    assert all(torch.equal(x, y) for x, y in zip(now, later))
+    assert native.look((*inputs, now[0], now[0], table), 4, 2, 0, 0, products)[0] == OVERLAP
+
+
+def test_where_torch_lets_no_c_code_look_the_operator_serves(monkeypatch):
+    inputs, table = [X, X * 2], torch.randn(2, 2)
+    monkeypatch.setattr(native.cpu(), "look", None)
+    assert native.look((*inputs, X, table), 2, 1, 0, 0, 0)[0] == NOT_PLAIN
+    assert all(torch.equal(x, y) for x, y in zip(lincomb(inputs, table), reference(inputs, table, dtypes=[F32] * 2)))
 
 
 def test_a_dispatch_mode_sees_the_operator():
@@ -174,6 +228,5 @@ def test_overlap_is_what_sharing_bytes_means():
         assert spans_touch or not overlap
         if len({tensor[1] * tensor[3] for tensor in tensors}) == 1:
             assert spans_touch == overlap
-        if layout.apart(rows, 2, batch, count):
-            assert not overlap
+        assert native.cpu().functions["overlaps"](native.table(job)) == code
     assert min(seen.values()) > 100
