@@ -239,14 +239,14 @@ def _parser() -> Parser:
     searching = add(
         "search-grid",
         commands.search_grid,
-        "find the times at which to ask a teacher, by dynamic programming",
+        "find the times at which to ask a teacher, by dynamic programming or gradient descent",
         "fewstep search-grid runs/demo/teacher --steps 4 6 8 --out runs/grid.json",
     )
     searching.add_argument("teacher", help="a teacher's artefact folder")
     searching.add_argument(
         "--cost",
         default="gits",
-        help="gits, gits-l1, gits-l2, bound or analytic",
+        help="gits, gits-l1, gits-l2, bound or analytic; by gradient descent: samples or kernel",
     )
     searching.add_argument(
         "--steps", type=whole(1), nargs="+", default=[2, 4, 6, 8, 10], help="numbers of steps to find grids of"
@@ -255,7 +255,7 @@ def _parser() -> Parser:
         "--out", default="grid.json", metavar="FILE", help="where the grids go; a search found there is not repeated"
     )
     searching.add_argument(
-        "--nodes", metavar="GRID", help="time grid the nodes are taken from (default: the schedule's)"
+        "--nodes", metavar="GRID", help="time grid of the nodes, and where descent starts (default: the schedule's)"
     )
     searching.add_argument("--points", type=whole(2), default=60, help="steps between the nodes")
     searching.add_argument("--samples", type=whole(1), default=256, help="trajectories or images that are followed")
@@ -263,10 +263,10 @@ def _parser() -> Parser:
     searching.add_argument(
         "--growth", type=number(0, above=True), help="weight of what follows a step (default: 1.15 for gits, else 1)"
     )
-    searching.add_argument(
-        "--guidance", type=number(-100, 100), help="of the teacher that gits follows (default: none)"
-    )
-    searching.add_argument("--solver", default="dpmpp_2m", help="how gits' teacher walks over the nodes")
+    searching.add_argument("--guidance", type=number(-100, 100), help="of the teacher that is followed (default: none)")
+    searching.add_argument("--solver", default="dpmpp_2m", help="how the teacher walks over the nodes")
+    searching.add_argument("--sampler", default="ddim", help="of descent: the solver that is to sample on the grid")
+    searching.add_argument("--rounds", type=whole(1), default=100, help="of descent")
     searching.add_argument(
         "--data", help="'digits' or a folder, for bound and analytic (default: what the teacher was trained on)"
     )

@@ -190,6 +190,8 @@ def search_grid(arguments: argparse.Namespace) -> None:
         guidance=arguments.guidance,
         solver=arguments.solver,
         data=arguments.data,
+        sampler=arguments.sampler,
+        rounds=arguments.rounds,
         seed=arguments.seed,
         device=arguments.device,
     )

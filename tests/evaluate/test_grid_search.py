@@ -9,9 +9,9 @@ import pytest
 from fewstep import artefact, solvers
 from fewstep.cli import main
 from fewstep.errors import UserError
-from fewstep.evaluate import grid_search
+from fewstep.evaluate import grid_descent, grid_search
 from fewstep.evaluate.grid_search import search_grid
-from fewstep.solvers import grid_files, search
+from fewstep.solvers import descent, grid_files, search
 
 SMALL = {"points": 8, "samples": 6, "steps": (2, 3)}
 
@@ -59,6 +59,34 @@ def test_a_search_that_is_there_is_not_repeated(teacher_folder, tmp_path, monkey
     assert grid_files.read(out).grids == more.grids  # what failed left the file as it was
 
 
+@pytest.mark.parametrize("cost", grid_descent.COSTS)
+def test_descent_writes_each_number_of_steps_when_it_is_found_and_does_not_repeat_it(
+    teacher_folder, tmp_path, monkeypatch, cost
+):
+    out, said = tmp_path / "grid.json", []
+    options = {**SMALL, "cost": cost, "rounds": 3, "sampler": "heun"}
+    grid = search_grid(teacher_folder, out, progress=said.append, **options)
+    start = solvers.grids.times(None, grid.schedule, 3)
+    assert grid.grids[3] != start and (grid.grids[3][0], grid.grids[3][-1]) == (start[0], start[-1])
+    assert said[0].endswith("8 of 8 network calls") and sum("at the start" in line for line in said) == 2
+    back, content = grid_files.read(out), out.read_bytes()
+    assert back.grids == grid.grids and back.prices == grid.prices and back.searched["sampler"] == "heun"
+    again = search_grid(teacher_folder, out, progress=quiet, **{**options, "steps": (3,)})
+    assert again.grids == grid.grids and out.read_bytes() == content
+    found = descent.descend
+
+    def once(model, batches, times, **options):
+        if len(times) == 6:
+            raise KeyboardInterrupt
+        return found(model, batches, times, **options)
+
+    monkeypatch.setattr(descent, "descend", once)
+    with pytest.raises(KeyboardInterrupt):
+        search_grid(teacher_folder, out, progress=quiet, **{**options, "steps": (2, 3, 4, 5)})
+    assert list(grid_files.read(out).grids) == [2, 3, 4]
+    assert grid_files.read(out).grids[3] == grid.grids[3]
+
+
 def test_an_interrupted_search_leaves_nothing_behind(teacher_folder, tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -87,6 +115,11 @@ def test_what_cannot_be_searched_is_one_sentence(teacher_folder, tmp_path):
         ("dpmpp_2m", {"solver": "ddmp"}),
         ("--data", {"cost": "bound"}),
         ("no way", {"cost": "bound", "data": "digits", "steps": (1,)}),
+        ("no inner time", {"cost": "samples", "steps": (1, 2)}),
+        ("growth", {"cost": "samples", "growth": 1.15}),
+        ("draws noise", {"cost": "samples", "solver": "ddpm"}),
+        ("draws noise", {"cost": "samples", "sampler": "ddpm"}),
+        ("solver 'ddmi' is not known", {"cost": "samples", "sampler": "ddmi"}),
     ):
         with pytest.raises(UserError, match=words) as error:
             search_grid(teacher_folder, out, progress=quiet, **{**SMALL, **changes})

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-import fewstep_kernels as fk
 from fewstep import artefact as artefacts
 from fewstep.artefact import Artefact
 from fewstep.data import digits, open_folder
 from fewstep.errors import UserError, choose
+from fewstep.evaluate import grid_descent
+from fewstep.evaluate.grid_chunks import counted, device_of, labels, noise
 from fewstep.solvers import grid_files, grids, search
 from fewstep.solvers.grid_files import SearchedGrid
 
@@ -39,6 +37,8 @@ def search_grid(
     guidance: float | None = None,
     solver: str = "dpmpp_2m",
     data: str | None = None,
+    sampler: str = "ddim",
+    rounds: int = 100,
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: Callable[[str], None] = print,
@@ -48,15 +48,27 @@ def search_grid(
     cost: "gits", "gits-l1", "gits-l2" follow the teacher's own trajectories over `points` steps of the grid `nodes`
     (default: the schedule's), at `guidance`; "bound" and "analytic" are the variational bounds of ancestral sampling
     with the posterior's and the optimal variance, from `data` (default: what the teacher was trained on), unguided.
-    samples: trajectories or images, the same whatever the `batch`. growth: 1.15 for gits (its paper's), else 1.
+    "samples" and "kernel" are searched by gradient descent instead (`solvers.descent`), in `rounds` from the grid
+    `nodes`: of the solver `sampler`, the distance to the same noise taken along `points` steps by `solver`, or the
+    kernel distance between features of both (digits only, where features are known).
+    samples: trajectories or images, the same whatever the `batch` (but for "kernel", whose distance is a batch's).
+    growth: 1.15 for gits (its paper's), else 1; of dynamic programming only.
     Where `out` already holds this search nothing is asked of the teacher, and with other steps or growth only the
     search itself is done again. Raises UserError for what cannot be searched, and before any work for what is not
     writable.
     """
     _check(cost, steps, points, samples, batch)
+    if cost in grid_descent.COSTS:
+        if growth is not None:
+            raise UserError(f"growth is {growth}, but cost {cost!r} is no sum over steps; leave growth out.")
+        model = artefacts.load(teacher, device)
+        asked = {"teacher": model.digest, "cost": cost, "points": points, "samples": samples, "seed": seed}
+        asked |= {"nodes": nodes, "guidance": _scale(model, guidance), "solver": solver, "sampler": sampler}
+        asked |= {"rounds": rounds} | ({"batch": batch} if cost == "kernel" else {})
+        return grid_descent.descending(model, Path(out), _known(Path(out)), asked, steps, batch, progress)
     growth = (1.15 if cost.startswith("gits") else 1.0) if growth is None else float(growth)
     model = artefacts.load(teacher, device)
-    asked: dict[str, Any] = {"teacher": model.digest, "cost": cost, "points": points, "samples": samples, "seed": seed}
+    asked = {"teacher": model.digest, "cost": cost, "points": points, "samples": samples, "seed": seed}
     if cost.startswith("gits"):
         asked |= {"nodes": nodes, "guidance": _scale(model, guidance), "solver": solver}
     else:
@@ -100,8 +112,8 @@ def table(grid: SearchedGrid) -> str:
 
 
 def _check(cost: str, steps: Sequence[int], points: int, samples: int, batch: int) -> None:
-    if cost not in COSTS:
-        raise choose("cost", cost, COSTS)
+    if cost not in (*COSTS, *grid_descent.COSTS):
+        raise choose("cost", cost, (*COSTS, *grid_descent.COSTS))
     if points < 2 or samples < 1 or batch < 1:
         raise UserError(
             f"points={points}, samples={samples} and batch={batch} must be at least 2, 1 and 1; give larger numbers."
@@ -147,19 +159,17 @@ def _following(
     model: Artefact, times: Sequence[float], samples: int, batch: int, asked: dict[str, Any], progress: Any
 ) -> Tensor:
     metric = {"gits": "dev", "gits-l1": "l1", "gits-l2": "l2"}[asked["cost"]]
-    denoiser, device = model.denoiser, _device(model)
+    denoiser = model.denoiser
     total = torch.zeros(len(times), len(times), dtype=torch.float64)
-    with _counted(model, samples, batch, len(times) - 1, progress) as chunks:
+    with counted(model, samples, batch, len(times) - 1, progress) as chunks:
         for index in chunks:
-            seeds = torch.tensor([asked["seed"] * 2**32 + i for i in index], dtype=torch.int64, device=device)
-            noise = fk.normal(seeds, model.image_shape)
             part = search.trajectory_costs(
                 denoiser,
-                noise,
+                noise(model, asked["seed"], index),
                 times,
                 metric=metric,
                 solver=asked["solver"],
-                cond=_labels(model, index),
+                cond=labels(model, index),
                 guidance=asked["guidance"],
             )
             total += part * (len(index) / samples)
@@ -169,17 +179,17 @@ def _following(
 def _bounding(
     model: Artefact, times: Sequence[float], samples: int, batch: int, asked: dict[str, Any], progress: Any
 ) -> Tensor:
-    images, labels = _images(asked["data"], samples)
+    images, classes = _images(asked["data"], samples)
     if tuple(images.shape[1:]) != model.image_shape:
         raise UserError(
             f"the images of {asked['data']!r} have shape {list(images.shape[1:])} and the teacher makes "
             f"{list(model.image_shape)}; give --data with its own."
         )
-    device, errors = _device(model), torch.zeros(len(times) - 1, dtype=torch.float64)
-    with _counted(model, len(images), batch, len(times) - 1, progress) as chunks:
+    device, errors = device_of(model), torch.zeros(len(times) - 1, dtype=torch.float64)
+    with counted(model, len(images), batch, len(times) - 1, progress) as chunks:
         for index in chunks:
             generator = torch.Generator(device).manual_seed(asked["seed"] * 2**32 + index[0])
-            cond = None if model.classes is None else labels[index].to(device)
+            cond = None if model.classes is None else classes[index].to(device)
             found = search.second_moments(
                 model.denoiser, images[index].to(device), times[:-1], cond=cond, generator=generator
             )
@@ -200,37 +210,3 @@ def _images(source: str, samples: int) -> tuple[Tensor, Tensor]:
     count = min(samples, len(folder))
     spread = [i * len(folder) // count for i in range(count)]  # over all classes
     return torch.stack([folder.normalised(folder.read(i)) for i in spread]), folder.labels[spread]
-
-
-def _labels(model: Artefact, index: Sequence[int]) -> Tensor | None:
-    if model.classes is None:
-        return None
-    return torch.tensor([i % model.classes for i in index], dtype=torch.int64, device=_device(model))
-
-
-def _device(model: Artefact) -> torch.device:
-    return next(model.denoiser.parameters()).device
-
-
-@contextmanager
-def _counted(
-    model: Artefact, samples: int, batch: int, evaluations: int, progress: Callable[[str], None]
-) -> Iterator[Iterator[list[int]]]:
-    """Sample numbers in chunks, shown as network calls done of all: a bar on a terminal, else a line a chunk."""
-    chunks = [list(range(i, min(i + batch, samples))) for i in range(0, samples, batch)]
-    total = len(chunks) * evaluations
-    shown = sys.stderr.isatty()
-    bar = tqdm(total=total, desc="search-grid", unit="call", dynamic_ncols=True, disable=not shown)
-    hook = model.denoiser.net.register_forward_hook(lambda *_: bar.update() and None)
-
-    def each() -> Iterator[list[int]]:
-        for number, chunk in enumerate(chunks, 1):
-            yield chunk
-            if not shown:
-                progress(f"search-grid: {number * evaluations} of {total} network calls")
-
-    try:
-        yield each()
-    finally:
-        hook.remove()
-        bar.close()
