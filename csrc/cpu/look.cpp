@@ -36,34 +36,41 @@ int64_t float_of(const View &x) {
 
 bool on_one_device(const View &x, const View &y) { return x.device_type == y.device_type && x.device == y.device; }
 
-bool row_major(const View &x) {
+/* Whether elements lie in the usual order and fill one stretch of memory, from dimension `from` on. */
+bool row_major(const View &x, int32_t from) {
     int64_t expected = 1;
-    for (int32_t d = x.ndim - 1; d > 0; --d) {
+    for (int32_t d = x.ndim - 1; d >= from; --d) {
         if (x.shape[d] != 1 && x.strides[d] != expected) return false;
         expected *= x.shape[d];
     }
     return true;
 }
 
-/* Whether a sample's elements fill one stretch of memory, each once, in any order of its dimensions. */
-bool dense(const View &x) {
+/* The same for any order of dimensions. */
+bool dense(const View &x, int32_t from) {
     int64_t expected = 1;
     int32_t left = 0;
-    for (int32_t d = 1; d < x.ndim; ++d) left += x.shape[d] != 1;
+    for (int32_t d = from; d < x.ndim; ++d) left += x.shape[d] != 1;
     while (left--) {
-        int32_t next = 0;
-        for (int32_t d = 1; d < x.ndim; ++d)
+        int32_t next = -1;
+        for (int32_t d = from; d < x.ndim; ++d)
             if (x.shape[d] != 1 && x.strides[d] == expected) next = d;
-        if (!next) return false;
+        if (next < 0) return false;
         expected *= x.shape[next];
     }
     return true;
 }
 
-bool alike(const View &x, const View &y) {
-    if (x.ndim != y.ndim || !on_one_device(x, y) || x.shape[0] != y.shape[0]) return false;
-    for (int32_t d = 1; d < x.ndim; ++d)
-        if (x.shape[d] != y.shape[d] || (x.strides[d] != y.strides[d] && x.shape[d] != 1)) return false;
+bool same_shape(const View &x, const View &y) {
+    if (x.ndim != y.ndim || !on_one_device(x, y)) return false;
+    for (int32_t d = 0; d < x.ndim; ++d)
+        if (x.shape[d] != y.shape[d]) return false;
+    return true;
+}
+
+bool same_strides(const View &x, const View &y, int32_t from) {
+    for (int32_t d = from; d < x.ndim; ++d)
+        if (x.strides[d] != y.strides[d] && x.shape[d] != 1) return false;
     return true;
 }
 
@@ -101,12 +108,12 @@ int fewstep_cpu_look(const fewstep_objects *given, fewstep_lincomb *job, int64_t
         if (view_of((void *)*object++, &x)) return FEWSTEP_NOT_PLAIN;
         if (i == 0) {
             first = x;
-            if (x.ndim < 1 || x.ndim > MOST_DIMENSIONS || !(row_major(x) || (!noise && dense(x)))) return FEWSTEP_NOT_PLAIN;
+            if (x.ndim < 1 || x.ndim > MOST_DIMENSIONS || !(row_major(x, 1) || (!noise && dense(x, 1)))) return FEWSTEP_NOT_PLAIN;
             job->batch = x.shape[0], job->count = 1;
             for (int32_t d = 1; d < x.ndim; ++d) job->count *= x.shape[d];
         }
         const int64_t dtype = float_of(x);
-        if (dtype < 0 || !x.data || !alike(x, first)) return FEWSTEP_NOT_PLAIN;
+        if (dtype < 0 || !x.data || !same_shape(x, first) || !same_strides(x, first, 1)) return FEWSTEP_NOT_PLAIN;
         /* A negated view, which its owner resolves before it computes, steps over real parts: such a stride is refused. */
         if (job->count == 1 && x.strides[0] != 1) return FEWSTEP_NOT_PLAIN;
         job->tensors[i] = {(int64_t)(x.data + x.byte_offset), x.strides[0], dtype};
@@ -124,3 +131,26 @@ int fewstep_cpu_look(const fewstep_objects *given, fewstep_lincomb *job, int64_t
 }
 
 int fewstep_cpu_overlaps(const fewstep_lincomb *job) { return fewstep_overlaps(*job) ? FEWSTEP_OVERLAP : 0; }
+
+int fewstep_cpu_look_at_averages(int64_t tensors, int64_t profiles, const int64_t *objects, const int64_t *origins, int64_t *table) {
+    int64_t origin = 0;
+    View first, parameter, average;
+    if (!view_of) return FEWSTEP_NOT_PLAIN;
+    for (int64_t i = 0; i < tensors; ++i) {
+        if (view_of((void *)objects[i], &parameter)) return FEWSTEP_NOT_PLAIN;
+        if (i == 0) first = parameter;
+        int64_t dtype = float_of(parameter), count = 1;
+        for (int32_t d = 0; d < parameter.ndim; ++d) count *= parameter.shape[d];
+        if (dtype < 0 || !on_one_device(parameter, first) || !dense(parameter, 0)) return FEWSTEP_NOT_PLAIN;
+        *table++ = (int64_t)(parameter.data + parameter.byte_offset), *table++ = dtype;
+        *table++ = count, *table++ = origins ? origins[i] : origin;
+        origin += (count + 7) / 8 * 8;
+        for (int64_t p = 1; p <= profiles; ++p) {
+            if (view_of((void *)objects[p * tensors + i], &average)) return FEWSTEP_NOT_PLAIN;
+            dtype = float_of(average);
+            if (dtype < 0 || !same_shape(average, parameter) || !same_strides(average, parameter, 0)) return FEWSTEP_NOT_PLAIN;
+            *table++ = (int64_t)(average.data + average.byte_offset), *table++ = dtype;
+        }
+    }
+    return 0;
+}

@@ -81,6 +81,11 @@ int fewstep_cpu_uniform(const int64_t *seeds, int64_t batch, int64_t count, int6
 int fewstep_cpu_ema_update(int64_t tensors, int64_t profiles, const int64_t *table, const fewstep_scalar *decays, const int64_t *seed,
                            const fewstep_scalar *update, int64_t threads);
 
+/* Writes that table of Python's tensors (objects: their addresses, the parameters, then every profile's averages), which all lie on one
+ * device; FEWSTEP_NOT_PLAIN unless every average has its parameter's shape and dense layout. origins: null to number them one tensor after
+ * another, each from a multiple of 8. Read as by fewstep_cpu_look. */
+int fewstep_cpu_look_at_averages(int64_t tensors, int64_t profiles, const int64_t *objects, const int64_t *origins, int64_t *table);
+
 /* sqrt of the sum of squares of all tensors; table: {address, dtype, count} for every tensor. Summed in float64, each stretch of
  * FEWSTEP_L2NORM_SHARE elements by itself into partials (room for sum of ceil(count / share)), then those in order: the result does not
  * depend on threads. out is float32 or float64. */

@@ -24,11 +24,13 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from . import backends, native, noise, registration
 from .layout import is_dense
 
 Scalar = float | Tensor
+_PLAIN = {Tensor, torch.nn.Parameter}
 _ROOM = 8  # elements that share a Philox block; every tensor starts a new one
 
 
@@ -107,12 +109,6 @@ def fits(average: Tensor, parameter: Tensor) -> bool:
     return average.stride() == parameter.stride() and is_dense(parameter.shape, parameter.stride())
 
 
-def _all_plain(averages: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
-    """Whether flat loops run over all of them, at a glance."""
-    every = (*averages, *parameters)
-    return {x.dtype for x in every} <= native.DTYPES.keys() and all(map(Tensor.is_contiguous, every))
-
-
 def _call_c(
     profiles: Sequence[Sequence[Tensor]],
     parameters: Sequence[Tensor],
@@ -129,16 +125,48 @@ def _call_c(
         columns += [[x.data_ptr() for x in averages], [dtypes[x.dtype] for x in averages]]
     for place, column in enumerate(columns):
         values[place::width] = array("q", column)
+    _run_table(values, parameters, decays, seed, update)
+
+
+def _run_table(
+    values: array[int], parameters: Sequence[Tensor], decays: Sequence[Scalar], seed: int | None, update: Scalar
+) -> None:
     native.call(
         "ema_update",
         parameters[0],
         len(parameters),
-        len(profiles),
+        len(decays),
         values.buffer_info()[0],
         native.scalars(decays),
         None if seed is None else ctypes.byref(ctypes.c_int64(seed)),
         None if seed is None else native.scalars([update]),
     )
+
+
+def _direct(
+    profiles: Sequence[Sequence[Tensor]],
+    parameters: Sequence[Tensor],
+    decays: Sequence[Scalar],
+    origins: Sequence[int] | None,
+    seed: int | None,
+    update: Scalar,
+) -> bool:
+    """Move averages after one look at every tensor, where all are plain; else False, and nothing was written.
+
+    Plain: torch's own tensors of one device, averages shaped and laid out like their parameters. Whatever is not,
+    errors included, is the caller's. Only where `registration.quiet()`.
+    """
+    if any(len(profile) != len(parameters) for profile in profiles):
+        return False
+    for tensors in (parameters, *profiles):
+        if not {*map(type, tensors)} <= _PLAIN:
+            return False
+    if backends.choose("ema_update", parameters[0].device.type)[0] == "reference":
+        return False
+    table = native.look_at_averages(profiles, parameters, origins)
+    if table is not None:
+        _run_table(table, parameters, decays, seed, update)
+    return table is not None
 
 
 def _move(
@@ -156,14 +184,9 @@ def _move(
     profiles = [averages[k * count : (k + 1) * count] for k in range(len(decays))]
     rates = given_scalars(decays, on_device)
     number = update if update_on_device is None else update_on_device
-    devices = [parameter.device for parameter in parameters]
-    served = len(set(devices)) == 1 and backends.choose("ema_update", devices[0].type)[0] != "reference"
-    if served and _all_plain(averages, parameters):
-        _call_c(profiles, parameters, rates, origins, seed, number)
-        return
     groups: dict[torch.device, list[int]] = {}
-    for i, device in enumerate(devices):
-        groups.setdefault(device, []).append(i)
+    for i, parameter in enumerate(parameters):
+        groups.setdefault(parameter.device, []).append(i)
     for device, members in groups.items():
         fast: list[int] = []
         if backends.choose("ema_update", device.type)[0] != "reference":
@@ -271,18 +294,23 @@ def ema_update(
         return
     for rate in decays:
         check_scalar("decay", rate, parameters[0].device, 0.0, 1.0)
+    given = None if origins is None else list(origins)
+    if given is not None and (len(given) != len(parameters) or any(start % _ROOM or start < 0 for start in given)):
+        raise ValueError(f"origins must hold a multiple of 8 for each of {len(parameters)} parameters; got {given}.")
+    quiet = registration.quiet()
+    if quiet and _direct(profiles, parameters, decays, given, seed, update):
+        for profile in profiles:
+            increment_version(profile)
+        return
     check_averages(profiles, parameters)
-    starts = element_origins(parameters) if origins is None else list(origins)
-    if origins is not None and (len(starts) != len(parameters) or any(start % _ROOM or start < 0 for start in starts)):
-        raise ValueError(f"origins must hold a multiple of 8 for each of {len(parameters)} parameters; got {starts}.")
+    starts = element_origins(parameters) if given is None else given
     numbers, on_device = taken_scalars(decays)
     number, number_on_device = (0, update) if isinstance(update, Tensor) else (update, None)
     flat = [average for profile in profiles for average in profile]
     if registration.tracing():
         _by_reference(profiles, parameters, decays, seed, update, starts, range(len(parameters)))
         return
-    quiet = registration.quiet()
     if not quiet:
         refuse_transforms("ema_update", (*flat, *parameters))
     (_move if quiet else _raw)(flat, parameters, numbers, on_device, seed, number, number_on_device, starts)
-    torch.autograd.graph.increment_version(flat)
+    increment_version(flat)

@@ -7,7 +7,7 @@ import ctypes
 import functools
 import struct
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ _ON_CUDA = ("lincomb", "normal", "uniform", "ema_update", "multi_tensor_l2norm",
 class Library:
     """One shared library: `functions` by operator name, or `missing`, one sentence that says why there are none.
 
-    look: fewstep_cpu_look, None where torch does not let C code read its tensors.
+    look, look_at_averages: fewstep_cpu_look.., None where torch does not let C code read its tensors.
     """
 
     def __init__(self, kind: str, loader: type[ctypes.CDLL], last: type, names: tuple[str, ...]) -> None:
@@ -54,7 +54,8 @@ class Library:
         self.functions: dict[str, ctypes._NamedFuncPointer] = {}
         self.missing = ""
         self.instructions = ""
-        self.look: Callable[[bytes, int, int], int] | None = None
+        self.look: ctypes._NamedFuncPointer | None = None
+        self.look_at_averages: ctypes._NamedFuncPointer | None = None
         if not path.is_file():
             compiler = "g++" if kind == "cpu" else "nvcc"
             self.missing = f"{path.name} was not built: install {compiler} and run pip install again"
@@ -77,9 +78,10 @@ class Library:
                 )
                 library.fewstep_cpu_exchange.argtypes = [_pointer]
                 if library.fewstep_cpu_exchange(_exchange_table()) == 0:
-                    look = ctypes.PyDLL(str(path)).fewstep_cpu_look  # PyDLL: it reads Python's objects
-                    look.argtypes, look.restype = [_pointer, _pointer, _int], ctypes.c_int
-                    self.look = look
+                    holding = ctypes.PyDLL(str(path))  # the interpreter lock, while Python's objects are read
+                    self.look, self.look_at_averages = holding.fewstep_cpu_look, holding.fewstep_cpu_look_at_averages
+                    self.look.argtypes = [_pointer, _pointer, _int]
+                    self.look_at_averages.argtypes = [_int, _int, _pointer, _pointer, _pointer]
         except (OSError, AttributeError) as error:
             self.missing = f"{path.name} does not load: {error}"
 
@@ -176,3 +178,23 @@ def look(
         return read(given, job.buffer_info()[0], small), job
     except Exception:  # torch's own, on a tensor without memory
         return NOT_PLAIN, job
+
+
+def look_at_averages(
+    profiles: Sequence[Sequence[Tensor]], parameters: Sequence[Tensor], origins: Sequence[int] | None
+) -> array[int] | None:
+    """The table of ema_update of tensors looked at once; None where they are not plain, or C code cannot look."""
+    read, count = cpu().look_at_averages, len(parameters)
+    if read is None:
+        return None
+    objects = array("q", map(id, parameters))
+    for averages in profiles:
+        objects.extend(map(id, averages))
+    table = _BLANK * (count * (4 + 2 * len(profiles)))
+    starts = None if origins is None else array("q", origins)
+    numbers = None if starts is None else starts.buffer_info()[0]
+    try:
+        code = read(count, len(profiles), objects.buffer_info()[0], numbers, table.buffer_info()[0])
+    except Exception:  # torch's own, on a tensor without memory
+        return None
+    return None if code else table

@@ -1,0 +1,53 @@
+"""Averages looked at once, past torch's dispatcher: the same bits, and only where all is plain."""
+
+import pytest
+import torch
+
+import fewstep_kernels as fk
+from fewstep_kernels.ema import _direct, _move, element_origins
+
+pytestmark = pytest.mark.skipif(fk.backend("ema_update", "cpu") != "cpu", reason="libfewstep_cpu.so was not built")
+IMAGE = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+
+
+def model():
+    parameters = [torch.nn.Parameter(torch.randn(9, 5)), torch.randn(0), torch.randn(()), IMAGE, torch.randn(70).half()]
+    averages = [[torch.randn_like(p, dtype=dtype) for p in parameters] for dtype in (torch.float32, torch.bfloat16)]
+    return parameters, averages
+
+
+@pytest.mark.parametrize("given", (None, [0, 80, 8, 160, 400]))
+def test_plain_averages_go_directly_and_get_the_operators_bits(given):
+    parameters, averages = model()
+    expected = [[x.clone() for x in profile] for profile in averages]
+    decays, origins = [0.9, 0.99], element_origins(parameters) if given is None else given
+    with torch.no_grad():
+        flat = [x for profile in expected for x in profile]
+        _move(flat, parameters, decays, [None, None], 7, 3, None, origins)
+        assert _direct(averages, parameters, decays, given, 7, 3)
+    assert all(torch.equal(x, y) for own, other in zip(averages, expected) for x, y in zip(own, other))
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("parameter", "average"),
+    (
+        (torch.ones(6), torch.zeros(5)),
+        (torch.ones(6), torch.zeros(6, 1)),
+        (torch.ones(6), torch.zeros(12)[::2]),
+        (IMAGE, torch.zeros(2, 3, 4, 5)),
+        (torch.ones(6), torch.zeros(6, dtype=torch.int64)),
+        (torch.ones(6), torch.zeros(6).as_subclass(Marked)),
+        (torch.ones(6), torch.zeros(6, device="meta")),
+        (torch.eye(6).to_sparse(), torch.zeros(6, 6)),
+        (torch.ones(6), 0.0),
+    ),
+)
+def test_what_is_not_plain_is_left_as_it_was(parameter, average):
+    first = torch.zeros(3)
+    assert not _direct([[first, average]], [torch.ones(3), parameter], [0.5], None, None, 0)
+    assert (first == 0).all()
+    assert not _direct([[first]], [torch.ones(3), parameter], [0.5], None, None, 0)
