@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fewstep.diffusion import prediction as predictions
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.prediction import Prediction
+from fewstep.diffusion.processes import Process, apply
 from fewstep.diffusion.real import Real
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError
@@ -231,3 +232,40 @@ class AnalyticNetwork(nn.Module):
 
     def null(self, cond: Tensor) -> Tensor:
         return self.data.null(cond)
+
+
+class ProcessTeacher:
+    """Pictures N(mean, variance) under a process (fewstep.diffusion.processes): its score, its eps, its flow's map.
+
+    mean [C, H, W] is of the picture, variance of its parts: one number, or [H, W] for the frequencies of `Blurring`.
+    `score` and `eps` are networks as a sampler of `solvers.gddim` asks them, at one time for the whole batch.
+    """
+
+    def __init__(self, process: Process, mean: Tensor, variance: float | Tensor) -> None:
+        self.process, self.mean, self.variance = process, mean.double(), variance
+
+    def score(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        """-P^-1 (u - Psi(0, t) u_0) with P = R R^T, R the root of the pictures' own covariance."""
+        time = float(t.flatten()[0])
+        return -self.process.state(apply(self._inverse(time).transpose(0, 1).to(x), self._whitened(x, time)))
+
+    def eps(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        """-R^T score, R the process's own (2206.05564, section 3)."""
+        root = self.process.root(float(t.flatten()[0])).to(x)
+        return -self.process.state(apply(root.transpose(0, 1), self.process.parts(self.score(x, t))))
+
+    def flow_map(self, x: Tensor, t: float, s: float) -> Tensor:
+        """The probability flow's state at time s from x at time t: R^-1 (u - Psi(0, t) u_0) stays as it is."""
+        moved = apply(self.process.root(s, self.variance).to(x), self._whitened(x, t))
+        return self.process.state(moved + self._centre(x, s))
+
+    def _whitened(self, x: Tensor, t: float) -> Tensor:
+        return apply(self._inverse(t).to(x), self.process.parts(x) - self._centre(x, t))
+
+    def _inverse(self, t: float) -> Tensor:
+        root = self.process.root(t, self.variance)
+        return torch.linalg.inv(root.movedim((0, 1), (-2, -1))).movedim((-2, -1), (0, 1))
+
+    def _centre(self, x: Tensor, t: float) -> Tensor:
+        start = self.process.parts(self.process.lifted(self.mean.to(x)[None]))
+        return apply(self.process.transition(0.0, t).to(x), start)
