@@ -1,8 +1,9 @@
 """Solvers against diffusers 0.42.1 over grids, prediction types, 1 to 50 steps, and ends at sigma zero or above.
 
-Every combination each scheduler takes is here: its first prediction type in 1, 2, 3, 5 and 10 steps, the others in 2
-and 5; its first grid with all types, and 20 and 50 steps. The network is told the same times as well: rounded or cut
-off where diffusers does so, by the plan's option `told`.
+Every combination of order, variant, grid, end and prediction type each scheduler takes is here: its first prediction
+type in 1, 2, 3, 5 and 10 steps, the others in 2 and 5. Besides, every scheduler's orders, variants and ends take turns,
+so that each grid with each prediction type is seen in 1, 2, 3, 5, 10, 20 and 50 steps. The network is told the same
+times as well: rounded or cut off where diffusers does so, by the plan's option `told`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from fewstep import solvers
 from fewstep.diffusion import schedules
 from tests.solvers.diffusers_runs import GUIDANCE, NAMES, SD, START, apart, diffusers, ours, theirs, times_of
 
-SHORT, FEW, LONG = (1, 2, 3, 5, 10), (2, 5), (20, 50)
+STEPS = (1, 2, 3, 5, 10, 20, 50)
+SHORT, FEW = STEPS[:5], (2, 5)
 SPACINGS = {name: {"timestep_spacing": name} for name in ("linspace", "leading", "trailing")}
 SIGMAS = {name: {f"use_{name}_sigmas": True} for name in ("karras", "exponential", "beta")}
 GRIDS: dict[str, dict[str, Any]] = {
@@ -159,25 +161,54 @@ def cases() -> list[tuple[Row, str, str]]:
     return [(row, grid, end) for row in ROWS for grid in row.grids for end in row.ends or ("own",)]
 
 
+def kinds_of(row: Row, grid: str) -> tuple[str, ...]:
+    return ("flow",) if grid == "flow" else row.kinds
+
+
+def algorithm(row: Row) -> tuple[str, Any]:
+    return row.scheduler, row.made.get("algorithm_type")
+
+
+def runs(row: Row, grid: str, end: str) -> list[tuple[str, int]]:
+    """Prediction types and numbers of steps: the few of every case, and its turn among those of its algorithm."""
+    peers = [(one, its_end) for one, its, its_end in cases() if its == grid and algorithm(one) == algorithm(row)]
+    turn, found = peers.index((row, end)), []
+    for k, kind in enumerate(kinds_of(row, grid)):
+        for i, steps in enumerate(STEPS):
+            shared = (i + k + row.grids.index(grid)) % len(peers) == turn
+            if shared or steps in (FEW if k else SHORT) or (grid == row.grids[0] and not k):
+                found.append((kind, steps))
+    return found
+
+
+def test_every_grid_and_prediction_type_is_seen_in_1_to_50_steps():
+    seen: dict[Any, set[int]] = {}
+    for row, grid, end in cases():
+        for kind, steps in runs(row, grid, end):
+            seen.setdefault((algorithm(row), grid, kind), set()).add(steps)
+    wanted = {(algorithm(row), grid, kind) for row in ROWS for grid in row.grids for kind in kinds_of(row, grid)}
+    assert seen.keys() == wanted and all(steps == set(STEPS) for steps in seen.values())
+
+
 @pytest.mark.parametrize(("row", "grid", "end"), cases(), ids=lambda value: str(value))
 def test_the_final_state_and_the_told_times_are_diffusers(row, grid, end, monkeypatch):
     schedule = schedules.get("flow" if grid == "flow" else "sd")
-    kinds = ("flow",) if grid == "flow" else row.kinds
     made = {**SD, **row.made, **GRIDS[grid], **ENDS.get(end, {})}
     if row.scheduler == "SASolverScheduler":
         made["tau_func"] = lambda t: torch.tensor(1.0)
-    schedulers = {kind: getattr(diffusers, row.scheduler)(**made, prediction_type=NAMES[kind]) for kind in kinds}
-    runs = [(kinds[0], steps) for steps in SHORT + (LONG if grid == row.grids[0] else ())]
-    runs += list(itertools.product(kinds[1:], SHORT if grid == row.grids[0] else FEW))
-    for kind, steps in runs:
-        scheduler = schedulers[kind]
+    scheduler = getattr(diffusers, row.scheduler)(**made)
+    for kind, steps in runs(row, grid, end):
+        scheduler.register_to_config(prediction_type=NAMES[kind])  # making one anew is slow
         scheduler.set_timesteps(steps)
+        if len(set(scheduler.timesteps[:2].tolist())) == 1 < steps:
+            scheduler.set_begin_index(0)  # of two equal times their loop would start at the second
         scheduler.sigmas = scheduler.sigmas.double()
         if grid != "flow":  # in float32 their last index is 6e-8 above ours, which close steps of beta would show
             scheduler.sigmas.clamp_(max=schedule.ratio(schedule.last_time))
         times = times_of(schedule, scheduler.sigmas)
         options = dict(row.options)
-        if float(scheduler.sigmas[-1]) == float(scheduler.sigmas[-2]):  # its last step goes nowhere
+        nowhere = float(scheduler.sigmas[-1]) == float(scheduler.sigmas[-2])  # where its last step goes
+        if nowhere:
             options |= {"lower_order_final": 2} if "lower_order_final" in options else {}
             options |= {"correct_last": True} if row.solver in ("unipc", "sa") else {}
         if len(times) == 1:
@@ -196,6 +227,9 @@ def test_the_final_state_and_the_told_times_are_diffusers(row, grid, end, monkey
         first, last = (schedule.alpha(t) if row.exploding else 1.0 for t in (times[0], times[-1]))
         expected, told = theirs(scheduler, START / first, monkeypatch)
         found, ours_told = ours(plan)
+        if nowhere and row.scheduler == "DPMSolverMultistepScheduler" and row.order == 3 and steps >= 15:
+            assert expected.isnan().all() and found.isfinite().all()  # their third order there: 0/0
+            continue
         error = apart(found, expected * last)
         assert error < row.tolerance, (kind, steps, error)
         for number, (theirs_told, told_here) in enumerate(zip(told, ours_told)):
@@ -204,3 +238,12 @@ def test_the_final_state_and_the_told_times_are_diffusers(row, grid, end, monkey
             # a whole number that they compute as just below one is cut off to the one before
             whole = row.cut.get(grid) == "truncated" and abs(times[number] * scale % 1.0 - 0.5) > 0.499
             assert off < row.told_within or (whole and off == 1.0), (kind, steps, theirs_told, told_here)
+
+
+def test_equal_first_times_end_diffusers_loop_too_early(monkeypatch):
+    """Why the matrix sets where its loop begins: 50 beta times cut off to whole indices begin with one twice."""
+    scheduler = diffusers.DPMSolverMultistepScheduler(**SD, use_beta_sigmas=True)
+    scheduler.set_timesteps(50)
+    assert scheduler.timesteps[0] == scheduler.timesteps[1]
+    with pytest.raises(IndexError):
+        theirs(scheduler, START, monkeypatch)
