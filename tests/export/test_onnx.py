@@ -97,6 +97,9 @@ def test_another_plan_or_artefact_is_refused(graph, student_folder, teacher_fold
         check_parity(graph, student_folder, steps=2)
     with pytest.raises(ParityError, match="another"):
         check_parity(graph, teacher_folder)
+    for seeds in (0, 1.5, True):
+        with pytest.raises(UserError, match="whole number of seeds"):
+            check_parity(graph, student_folder, steps=4, seeds=seeds)
 
 
 def test_a_graph_with_one_changed_weight_fails_the_check(graph, student_folder, tmp_path):

@@ -65,7 +65,11 @@ def test_a_node_that_does_not_parse_is_named(tmp_path):
     ("changes", "words"),
     [
         ({"batches": (0, 1, 2)}, "batches are"),
-        ({"batches": (4, 2, 8)}, "must rise"),
+        ({"batches": (4, 2, 8)}, "that rise"),
+        ({"batches": (1, 2)}, "batches are (1, 2)"),
+        ({"batches": (1, 2.5, 4)}, "whole numbers"),
+        ({"batches": 4}, "batches are 4"),
+        ({"architectures": "SM80"}, "list of architectures 'SM80'"),
         ({"architectures": ("SM81",)}, "'SM81' is not known"),
         ({"architectures": ()}, "architecture"),
     ],

@@ -35,6 +35,8 @@ def check_parity(
     Returns seeds, max_abs_error, max_batch_difference, the two tolerances and onnxruntime's version.
     Raises ParityError where a difference is above its tolerance or the graph was exported from another plan.
     """
+    if type(seeds) is not int or seeds < 1:
+        raise UserError(f"seeds is {seeds!r}, it must be a whole number of seeds to compare, from 1.")
     student = artefact if isinstance(artefact, Student) else load(artefact)
     plan = student.plan(steps, guidance)
     graph = OnnxSampler(model)

@@ -46,9 +46,10 @@ def build_engine(
     source, target = Path(model), Path(out)
     if not source.is_file():
         raise UserError(f"there is no ONNX file {str(source)!r}; write one with fewstep export --onnx.")
+    whole = isinstance(batches, (tuple, list)) and all(type(size) is int for size in batches)
+    if not whole or len(batches) != 3 or not 1 <= batches[0] <= batches[1] <= batches[2]:
+        raise UserError(f"batches are {batches!r}, they must be whole numbers that rise from 1: least, best, most.")
     least, best, most = batches
-    if not 1 <= least <= best <= most:
-        raise UserError(f"batches are {tuple(batches)}, they must rise from 1: least, best, most.")
     log = _logger(trt)
     begun = time.perf_counter()
     builder = trt.Builder(log)
@@ -112,8 +113,8 @@ def _set_architectures(trt: Any, config: Any, architectures: Sequence[str]) -> t
         major, minor = torch.cuda.get_device_capability()
         return (f"SM{major}{minor}",)
     known = [name for name in dir(trt.ComputeCapability) if name.startswith("SM")]
-    if not architectures:
-        raise choose("architecture", "", known)
+    if isinstance(architectures, str) or not architectures:
+        raise choose("list of architectures", architectures, known)
     config.num_compute_capabilities = len(architectures)
     for index, architecture in enumerate(architectures):
         if architecture not in known:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from fewstep.errors import UserError
+from fewstep.runtime.given import Takes
 from fewstep.runtime.sampler import Sampler
 from fewstep.runtime.student import Student
 from fewstep.solvers import Plan
 
 OPSET = 20
+CLASSES = "fewstep.classes"  # where a graph says how many it knows
 LARGEST_BATCH = 65536
 
 
@@ -45,6 +48,8 @@ class OnnxSampler:
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.inter_op_num_threads = 1
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise UserError(f"threads is {threads!r}, it must be a whole number from 1, or None for torch's own.")
         try:
             self.session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions share no base class of their own
@@ -52,15 +57,44 @@ class OnnxSampler:
             raise UserError(f"ONNX Runtime cannot load {str(model)!r} ({reason}); export it again.") from error
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
+        self.takes = self._takes()
 
-    def __call__(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Images [B, C, H, W] on the CPU."""
-        feed = {"noise": noise.detach().cpu().numpy()}
-        if "condition" in self.inputs:
-            if condition is None:
-                raise UserError("this ONNX graph needs a class for each image; give condition.")
-            feed["condition"] = condition.cpu().numpy()
-        return torch.from_numpy(self.session.run(["image"], feed)[0])
+    def _takes(self) -> Takes | None:
+        """What the graph is sampled from; None where it is no sampler's."""
+        shapes = {value.name: value.shape for value in self.session.get_inputs()}
+        classes = json.loads(self.metadata.get(CLASSES, "null"))
+        if "noise" not in shapes or ("condition" in shapes) != (classes is not None):
+            return None
+        stages, *image = shapes["noise"][1:]
+        return Takes(tuple(image), stages - 1, classes, none=True, who="graph")
+
+    def __call__(self, noise: Tensor, condition: int | Sequence[int] | Tensor | None = None) -> Tensor:
+        """Images [B, C, H, W] on the CPU, from noise [B, 1 + S, C, H, W] of any floating dtype.
+
+        condition: a class, or one for each image, the number of classes meaning none; left out without classes.
+        """
+        if self.takes is None:
+            raise UserError(f"this ONNX graph takes {', '.join(self.inputs)} and is no sampler's; export one again.")
+        feed = {"noise": self.takes.noise(noise)}
+        if condition is not None:
+            feed["condition"] = self.takes.labels(condition, len(noise), "condition")
+        elif self.takes.classes is not None:
+            raise UserError(
+                f"this ONNX graph needs a class for each image; give condition ({self.takes.classes} for none)."
+            )
+        return self.run(feed)
+
+    def run(self, feed: Mapping[str, Tensor]) -> Tensor:
+        """The graph's answer; floating inputs are given as float32."""
+        arrays = {
+            name: (x.detach().float() if x.is_floating_point() else x.detach()).cpu().numpy()
+            for name, x in feed.items()
+        }
+        try:
+            return torch.from_numpy(self.session.run(None, arrays)[0])
+        except Exception as error:  # its exceptions share no base class of their own
+            reason = str(error).splitlines()[0]
+            raise UserError(f"ONNX Runtime cannot run this graph ({reason}); export it again.") from error
 
 
 class OnnxNetwork(nn.Module):
@@ -72,9 +106,8 @@ class OnnxNetwork(nn.Module):
         self.graph = OnnxSampler(model)
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        feed = {"x": x, "t": t, "cond": cond}
-        arrays = {name: feed[name].detach().cpu().numpy() for name in self.graph.inputs}  # type: ignore[union-attr]
-        return torch.from_numpy(self.graph.session.run(None, arrays)[0]).to(x.device)
+        feed = {"x": x, "t": t, **({} if cond is None else {"cond": cond})}
+        return self.graph.run(feed).to(x.device)
 
 
 def convert(student: Student, plan: Plan) -> Any:
@@ -83,7 +116,9 @@ def convert(student: Student, plan: Plan) -> Any:
     Raises UserError where the exporter's packages are missing or the program holds an operator that ONNX does not know.
     """
     names = ["noise"] if student.classes is None else ["noise", "condition"]
-    return _converted(exported_program(student, plan), names, "image")
+    converted = _converted(exported_program(student, plan), names, "image")
+    converted.model.metadata_props[CLASSES] = json.dumps(student.classes)
+    return converted
 
 
 def convert_network(student: Student) -> Any:

@@ -14,6 +14,7 @@ from fewstep import artefact as artefacts
 from fewstep import solvers
 from fewstep.artefact import Artefact
 from fewstep.errors import UserError
+from fewstep.runtime.given import Takes, described
 from fewstep.solvers import Plan
 from fewstep.solvers.grids import Grid
 
@@ -187,17 +188,12 @@ class Student:
 
     def _start(self, n_or_noise: int | Tensor | None, seeds: Any, plan: Plan) -> tuple[int, Tensor | None]:
         if isinstance(n_or_noise, Tensor):
-            single, every = self.image_shape, (1 + plan.stochastic_stages, *self.image_shape)
-            if tuple(n_or_noise.shape[1:]) not in {single, every} or n_or_noise.shape[0] < 1:
-                raise UserError(
-                    f"noise has shape {list(n_or_noise.shape)}, it must be [B, {', '.join(map(str, single))}] "
-                    f"or [B, {', '.join(map(str, every))}]."
-                )
-            return n_or_noise.shape[0], n_or_noise.to(self.device, torch.float32)
+            noise = self.takes(plan).noise(n_or_noise)
+            return noise.shape[0], noise.to(self.device, torch.float32)
         if n_or_noise is None and seeds is not None:
             return (len(list(seeds)) if isinstance(seeds, Iterable) else 1), None
         if isinstance(n_or_noise, bool) or not isinstance(n_or_noise, int) or n_or_noise < 1:
-            raise UserError(f"n is {n_or_noise!r}, it must be a whole number of images from 1.")
+            raise UserError(f"n is {described(n_or_noise)}, it must be a whole number of images from 1.")
         return n_or_noise, None
 
     def _seeds(self, seeds: int | Sequence[int] | Tensor | None, batch: int) -> Tensor:
@@ -219,14 +215,8 @@ class Student:
     def _condition(self, cond: int | Sequence[int] | Tensor | None, batch: int) -> Tensor | None:
         if cond is None:
             return None
-        if self.classes is None:
-            raise UserError(f"cond is {cond!r}, but this artefact knows no classes; leave cond out.")
-        if isinstance(cond, Tensor):
-            cond = cond.flatten().tolist()
-        labels = list(cond) if isinstance(cond, Iterable) else [cond] * batch
-        for label in labels:
-            if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < self.classes:
-                raise UserError(f"class {label!r} is out of range; choose a whole number from 0 to {self.classes - 1}.")
-        if len(labels) != batch:
-            raise UserError(f"there are {len(labels)} classes for {batch} images; give one class for each image.")
-        return torch.tensor(labels, dtype=torch.int64, device=self.device)
+        return self.takes().labels(cond, batch).to(self.device)
+
+    def takes(self, plan: Plan | None = None) -> Takes:
+        """What it is sampled from."""
+        return Takes(self.image_shape, plan.stochastic_stages if plan else 0, self.classes, seeded=True)

@@ -82,8 +82,9 @@ def conditions(
     uncond: Any,
     negatives: Sequence[Any],
     buffers: Buffers | None,
+    batch: int,
 ) -> dict[tuple[str, ...], Any]:
-    """What each kind of call is told."""
+    """What each kind of call is told; every condition that is a tensor holds one for each of `batch` samples."""
     kinds = {stage.conditions for stage in stages if stage.conditions}
     names = {name for kind in kinds for name in kind}
     wanted = len(names - {"cond", "uncond"})
@@ -97,6 +98,11 @@ def conditions(
             raise UserError(f"this plan is guided and {type(owner).__name__} has no null(cond); give uncond.")
         uncond = owner.null(cond)
     given = {"cond": cond, "uncond": uncond, **{f"negative {k}": one for k, one in enumerate(negatives)}}
+    for name, one in given.items():
+        if isinstance(one, Tensor) and (one.ndim == 0 or one.shape[0] != batch):
+            raise UserError(
+                f"{name} is {one.dtype} {list(one.shape)} and noise holds {batch} samples; give one condition for each."
+            )
     return {kind: _joined([given[name] for name in kind], kind, buffers) for kind in kinds}
 
 

@@ -152,7 +152,7 @@ def _run(
     tables = Tables(plan, noise.device, coefficient_dtype(noise))
     reuse = gradient == "none" and not tracing()
     buffers = buffers_of(plan, first) if reuse else None
-    conds = conditions(networks, stages, cond, uncond, negatives, buffers)
+    conds = conditions(networks, stages, cond, uncond, negatives, buffers, first.shape[0])
     if buffers is not None and not (answer or record or start) and stop == len(plan.stages):
         replay = replay_of(plan, first, buffers, tables, carried is not None)
         if replay is not None:
