@@ -63,11 +63,12 @@ class Process:
 @functools.lru_cache(maxsize=8)
 def _cosines(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The orthonormal discrete cosine transform (II), [frequency, place]."""
-    place = torch.arange(size, dtype=torch.float64) + 0.5
-    basis = torch.cos(math.pi / size * torch.arange(size, dtype=torch.float64)[:, None] * place)
-    basis *= math.sqrt(2.0 / size)
-    basis[0] *= math.sqrt(0.5)
-    return basis.to(device, dtype)
+    with torch.inference_mode(False):  # a kept tensor may meet gradients later
+        place = torch.arange(size, dtype=torch.float64) + 0.5
+        basis = torch.cos(math.pi / size * torch.arange(size, dtype=torch.float64)[:, None] * place)
+        basis *= math.sqrt(2.0 / size)
+        basis[0] *= math.sqrt(0.5)
+        return basis.to(device, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Blurring(Process):
 
 @functools.cache
 def _gauss(count: int) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre's points and weights on [0, 1]."""
+    """Gauss-Legendre's points and weights on [0, 1], by the eigenvalues of Legendre's recurrence."""
     index = torch.arange(1, count, dtype=torch.float64)
     beside = index / torch.sqrt(4.0 * index * index - 1.0)
     points, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
