@@ -4,8 +4,8 @@
 
 Writes benchmarks/results/host_cost.json and its table in docs/kernels.md: microseconds, median and first percentile,
 candidates in turns. Tensors are so small that the arithmetic is a fraction of a microsecond. Calls: K = 5 inputs, M = 3
-outputs, inference mode, out= given. The Triton figure is the host's part alone: everything up to the driver's launch
-function, which is replaced by one that does nothing (this needs no GPU, and says nothing about one). Stages:
+outputs, inference mode, out= given. The Triton figure is the host's part alone: everything in Python and in Triton's
+launcher, over a driver library that does nothing (this needs no GPU, and says nothing about one). Stages:
 `fewstep.sample` of linear plans at batch 1 with a network that answers from memory; the cost of a stage is the slope
 between 4 and 20 steps less the network's own call, that of a run is what remains. Results are checked before they are
 timed.
@@ -13,11 +13,14 @@ timed.
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,10 +50,10 @@ def microseconds(candidates: dict[str, Callable[[], object]], block: int = BLOCK
 
 
 def calls() -> dict[str, dict[str, float]]:
-    """One call of lincomb, of the same prepared, and of the field's ways to the same numbers."""
+    """One call of lincomb, of the same prepared, and of the field's ways to the same numbers; one average of a model."""
     import torch
 
-    from fewstep_kernels import lincomb
+    from fewstep_kernels import ema_update, lincomb
     from fewstep_kernels.lincomb_prepared import PreparedLincomb, Share
 
     inputs = [torch.randn(2, 4, 8, 8) for _ in range(5)]
@@ -67,12 +70,15 @@ def calls() -> dict[str, dict[str, float]]:
         for target, row in zip(out, numbers):
             target.copy_(sum(c * x for c, x in zip(row, inputs)))
 
+    parameters, averages = ([torch.randn(16, 16) for _ in range(60)] for _ in range(2))
     candidates = {
         "lincomb, out=, through ctypes": lambda: lincomb(inputs, table, out=out),
         "the same, prepared": lambda: prepared(inputs[4:]),
         "eager torch": eager,
         "torch.compile into the same buffers": lambda: compiled(inputs, out),
         "one torch.add, out=": lambda: torch.add(inputs[0], inputs[1], out=out[0]),
+        "ema_update of 60 parameters [16, 16]": lambda: ema_update(averages, parameters, 0.99),
+        "torch._foreach_lerp_ of the same": lambda: torch._foreach_lerp_(averages, parameters, 0.01),
     }
     with torch.inference_mode():
         truth = eager()
@@ -82,32 +88,58 @@ def calls() -> dict[str, dict[str, float]]:
             made = candidates[name]()
             for y, expected in zip(made if name == "eager torch" else out, truth):
                 torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)  # five float32 products and their sum
+        lerped = [average.lerp(parameter, 0.01) for average, parameter in zip(averages, parameters)]
+        ema_update(averages, parameters, 0.99)
+        torch.testing.assert_close(averages, lerped, rtol=1e-6, atol=1e-6)  # two float32 roundings
         return microseconds(candidates)
 
 
+# What Triton calls of libcuda.so.1, doing nothing: launches are counted.
+DRIVER = """
+int launches;
+int cuLaunchKernelEx(void) { return ++launches, 0; }
+"""
+DRIVER += "\n".join(
+    f"int {name}(void) {{ return 0; }}"
+    for name in (
+        *(
+            "cuCtxGetCurrent",
+            "cuCtxSetCurrent",
+            "cuCtxGetLimit",
+            "cuCtxSetLimit",
+            "cuDeviceGet",
+            "cuDeviceGetAttribute",
+        ),
+        *("cuDevicePrimaryCtxRetain", "cuDriverGetVersion", "cuFuncGetAttribute", "cuFuncSetAttribute"),
+        *("cuFuncSetCacheConfig", "cuGetErrorString", "cuModuleGetFunction", "cuModuleLoadData"),
+        *("cuOccupancyMaxActiveClusters", "cuPointerGetAttribute", "cuTensorMapEncodeTiled"),
+    )
+)
+
+
 def triton_call() -> dict[str, float]:
-    """One call of lincomb through Triton with a launch function that does nothing: the host's part alone."""
+    """One call of lincomb through Triton and its own launcher, over a driver library that does nothing."""
     import torch
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
     from triton.runtime import driver
 
-    launched = []
-
-    class Launcher:
-        def __init__(self, source: object, metadata: object) -> None: ...
-
-        def __call__(self, *arguments: object) -> None:
-            launched.append(1)
+    real = CudaUtils()
 
     class Utils:
+        launch = staticmethod(getattr(real, "launch", len))  # before Triton 3.7 the launcher brings its own
+
         def get_device_properties(self, device: int) -> dict[str, int]:
             return {"max_shared_mem": 232448, "multiprocessor_count": 132}
 
         def load_binary(self, name: str, kernel: object, shared: int, device: int) -> tuple[int, ...]:
             return (0, 1, 64, 0, 1024)
 
+        def __getattr__(self, name: str) -> object:
+            return getattr(real, name)
+
     class Driver:
-        utils, launcher_cls = Utils(), Launcher
+        utils, launcher_cls = Utils(), CudaLauncher
 
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", 90, 32)
@@ -124,14 +156,33 @@ def triton_call() -> dict[str, float]:
     driver.set_active(Driver())
     from fewstep_kernels import backends, lincomb
 
-    backends.choose = lambda operator, device: ("triton", "its launch does nothing")  # type: ignore[assignment]
+    backends.choose = lambda operator, device: ("triton", "its driver does nothing")  # type: ignore[assignment]
     inputs = [torch.randn(2, 4, 8, 8) for _ in range(5)]
     out, table = [torch.empty(2, 4, 8, 8) for _ in range(3)], torch.randn(3, 5)
+    launches = ctypes.c_int.in_dll(ctypes.CDLL("libcuda.so.1"), "launches")
     with torch.inference_mode():
-        lincomb(inputs, table, out=out)
-        if len(launched) != 1:
-            raise SystemExit("the call did not go through Triton: no times are printed.")
+        for made in (1, 2):
+            lincomb(inputs, table, out=out)
+            if launches.value != made:
+                raise SystemExit("the call did not go through Triton: no times are printed.")
         return microseconds({"triton": lambda: lincomb(inputs, table, out=out)})["triton"]
+
+
+def through_triton() -> dict[str, float] | None:
+    """`triton_call` in a process whose libcuda.so.1 is DRIVER; None, and a line that says why, where it cannot run."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "driver.c").write_text(DRIVER)
+        command = ["cc", "-shared", "-fPIC", "-o", f"{folder}/libcuda.so.1", f"{folder}/driver.c"]
+        given = os.environ | {"TRITON_LIBCUDA_PATH": folder, "LD_LIBRARY_PATH": folder, "TRITON_CACHE_DIR": folder}
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            asked = [sys.executable, __file__, "triton"]
+            done = subprocess.run(asked, env=given, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+            print(f"no Triton figure: {(said or ['no message'])[-1]}", file=sys.stderr)
+            return None
+    return json.loads(done.stdout)
 
 
 def stages() -> list[dict]:
@@ -199,12 +250,10 @@ def main() -> None:
     from fewstep.doctor import machine, versions
 
     torch.set_num_threads(1)
-    done = subprocess.run([sys.executable, __file__, "triton"], capture_output=True, text=True)
+    triton = through_triton()
     found = calls()
-    if done.returncode == 0:
-        found["lincomb, out=, through Triton, its launch does nothing"] = json.loads(done.stdout)
-    else:
-        print(f"no Triton figure: {(done.stderr.strip().splitlines() or ['no message'])[-1]}", file=sys.stderr)
+    if triton is not None:
+        found["lincomb, out=, through Triton, whose driver does nothing"] = triton
     rows = stages()
     for name, row in found.items():
         print(f"{name:60} median {row['median']:8.2f} us, first percentile {row['first_percentile']:8.2f} us")
