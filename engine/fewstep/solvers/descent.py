@@ -233,7 +233,7 @@ def _walked(plan: Plan, table: Mapping[Key, Tensor], denoiser: Any, batch: Batch
     """The plan's samples, as the executor makes them, by the numbers of `table`."""
     noise, dtype = batch.noise, coefficient_dtype(batch.noise)
     asked = network_calls(plan, denoiser, 0, len(plan.stages))
-    conds = conditions(denoiser, plan.stages, batch.cond, batch.uncond, (), None)
+    conds = conditions(denoiser, plan.stages, batch.cond, batch.uncond, (), None, len(noise))
 
     def mapped(inputs: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, ...]:
         return lincomb(inputs, rows.to(noise.device, dtype), dtypes=[noise.dtype] * len(rows))
