@@ -50,7 +50,7 @@ def microseconds(candidates: dict[str, Callable[[], object]], block: int = BLOCK
 
 
 def calls() -> dict[str, dict[str, float]]:
-    """One call of lincomb, of the same prepared, and of the field's ways to the same numbers; one average of a model."""
+    """One call of lincomb, of the same prepared, and of the field's ways to the same numbers; a model's average."""
     import torch
 
     from fewstep_kernels import ema_update, lincomb
