@@ -2,6 +2,7 @@
 #include "reductions.h"
 #include "team.h"
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 namespace {
@@ -32,8 +33,8 @@ void move(DistanceChunk &chunk, const fewstep_tensor *tensors, int64_t b, int64_
 
 } // namespace
 
-int fewstep_cpu_distance(int64_t kind, double c, int64_t batch, int64_t count, const fewstep_tensor *tensors, void *out, int64_t out_dtype,
-                         int64_t threads) {
+int fewstep_cpu_distance(int64_t kind, double c, int64_t batch, int64_t count, const fewstep_tensor *tensors, double divisor, double norm,
+                         void *out, int64_t out_dtype, int64_t threads) {
     DistanceChunk common;
     if (!begin(common, kind, c, batch, count, tensors)) return 1;
     if (out_dtype != FEWSTEP_FLOAT32 && out_dtype != FEWSTEP_FLOAT64) return 1;
@@ -52,6 +53,7 @@ int fewstep_cpu_distance(int64_t kind, double c, int64_t batch, int64_t count, c
     for (int64_t b = 0; b < batch; ++b) {
         double total = 0;
         for (int64_t i = 0; i < chunks; ++i) total += parts[b * chunks + i];
+        total = norm > 0 ? total / (std::sqrt(total + norm * norm) + norm) : total / divisor;
         if (out_dtype == FEWSTEP_FLOAT64) ((double *)out)[b] = total;
         else ((float *)out)[b] = (float)total;
     }

@@ -1,16 +1,9 @@
-/* Products and sums of REDUCED elements of one sample: a tile's terms add up in T (double where an input is double), tiles in double. Every
- * result has RUNNING running sums whatever the instruction set, so that it does not depend on it. */
-#include "element.h"
-#include "reductions.h"
+/* Products and sums of REDUCED elements of one sample: a tile's terms add up in T (double where an input is double), tiles in double.
+ * Products and sums may be contracted: no bits are promised across processors. */
+#pragma GCC optimize("fp-contract=fast")
+#include "running_sums.h"
 
 namespace {
-
-template <class T>
-struct Lanes {
-    static constexpr int64_t COUNT = WIDTH / sizeof(T), PARTS = RUNNING / COUNT;
-    static constexpr int MOST = COUNT == 16 ? 8 : COUNT == 8 ? (WIDTH == 64 ? 4 : 2) : 1; /* products at a time that the registers hold */
-    typedef T Vector __attribute__((vector_size(WIDTH)));
-};
 
 enum { NO_SUMS, ABSOLUTE, SIGNED };
 
@@ -36,17 +29,14 @@ void pass(const T *a, const T *const *b, const T *s, int64_t count, double *lane
                 total[N + 1][p] += y > zero ? x : y < zero ? -x : y != y ? y : zero;
             }
         }
-    T found[N + 2][RUNNING];
-    memcpy(found, total, sizeof(found));
-    for (int n = 0; n < N; ++n)
-        for (int j = 0; j < RUNNING; ++j) lanes[n * RUNNING + j] += (double)found[n][j];
-    for (int j = 0; SUMMED != NO_SUMS && j < RUNNING; ++j) sum[j] += (double)found[N][j], signed_sum[j] += (double)found[N + 1][j];
+    for (int n = 0; n < N; ++n) add<T>(total[n], lanes + n * RUNNING);
+    if (SUMMED != NO_SUMS) add<T>(total[N], sum), add<T>(total[N + 1], signed_sum);
 }
 
 /* One row of the table: a with n others, and its sums. */
 template <class T, int SUMMED>
 void row_of(int64_t n, const T *a, const T *const *b, const T *s, int64_t count, double *lanes, double *sum, double *signed_sum) {
-    constexpr int MOST = Lanes<T>::MOST;
+    constexpr int MOST = Lanes<T>::COUNT == 16 ? 8 : Lanes<T>::COUNT == 8 ? (WIDTH == 64 ? 4 : 2) : 1; /* products that the registers hold */
     int done = 1;
     if (MOST > 4 && n >= MOST) pass<T, MOST, SUMMED>(a, b, s, count, lanes, sum, signed_sum), done = MOST;
     else if (MOST >= 4 && n >= 4) pass<T, 4, SUMMED>(a, b, s, count, lanes, sum, signed_sum), done = 4;
@@ -58,20 +48,10 @@ void row_of(int64_t n, const T *a, const T *const *b, const T *s, int64_t count,
 /* The rows of one tile: inputs where they lie or converted, combined, and filled with zeros up to a multiple of RUNNING. */
 template <class T>
 void rows(const GramChunk &chunk, int64_t first, int64_t inputs, int64_t start, int64_t count, T *tiles, const T **row) {
-    const int64_t whole = (count + RUNNING - 1) / RUNNING * RUNNING;
+    const int64_t whole = padded(count);
     const T *given[MOST_ROWS];
-    for (int64_t k = 0; k < inputs; ++k) {
-        T *tile = tiles + k * TILE;
-        const int dtype = chunk.dtype[first + k];
-        const char *from = (const char *)chunk.in[first + k] + start * item_size(dtype);
-        given[k] = tile;
-        if (dtype == dtype_of<T>() && whole == count) given[k] = (const T *)from;
-        else {
-            load(from, dtype, tile, count);
-            for (int64_t i = count; i < whole; ++i) tile[i] = 0;
-        }
-        row[k] = given[k];
-    }
+    for (int64_t k = 0; k < inputs; ++k)
+        row[k] = given[k] = fetch(chunk.in[first + k], chunk.dtype[first + k], start, count, tiles + k * TILE);
     for (int64_t j = 0; j < chunk.rows; ++j) {
         T *tile = tiles + (inputs + j) * TILE;
         const double *weights = chunk.combinations + j * inputs;
@@ -99,7 +79,7 @@ void gram_of(const GramChunk &chunk) {
     T *tiles = (T *)chunk.tiles;
     const T *z[MOST_ROWS], *other[MOST_ROWS], *const *y = chunk.right ? other : z;
     for (int64_t start = 0; start < chunk.count; start += TILE) {
-        const int64_t count = chunk.count - start < TILE ? chunk.count - start : TILE, whole = (count + RUNNING - 1) / RUNNING * RUNNING;
+        const int64_t count = chunk.count - start < TILE ? chunk.count - start : TILE, whole = padded(count);
         rows(chunk, 0, chunk.left, start, count, tiles, z);
         if (chunk.right) rows(chunk, chunk.left, chunk.right, start, count, tiles + (chunk.left + chunk.rows) * TILE, other);
         double *sums = chunk.lanes + RUNNING * left * right, *signed_sums = sums + RUNNING * left;
@@ -111,11 +91,7 @@ void gram_of(const GramChunk &chunk) {
             else row_of<T, ABSOLUTE>(right - j, z[i], y + j, nullptr, whole, lanes, sums, signed_sums);
         }
     }
-    for (int64_t r = 0; r < results; ++r) {
-        double total = 0;
-        for (int64_t j = 0; j < RUNNING; ++j) total += chunk.lanes[RUNNING * r + j];
-        chunk.out[r] = total;
-    }
+    for (int64_t r = 0; r < results; ++r) chunk.out[r] = total_of(chunk.lanes + RUNNING * r);
     if (!chunk.right)
         for (int64_t i = 0; i < left; ++i)
             for (int64_t j = 0; j < i; ++j) chunk.out[i * left + j] = chunk.out[j * left + i];

@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define FEWSTEP_ABI 3
+#define FEWSTEP_ABI 4
 
 #pragma GCC visibility push(default)
 #ifdef __cplusplus
@@ -103,15 +103,17 @@ int fewstep_cpu_adamw_ema_step(int64_t tensors, int64_t profiles, const int64_t 
 
 /* With z = combinations left and y = combinations right (combinations [rows, left] of doubles; rows = 0: z = left, y = right; right = 0
  * tensors: y = z), for every sample: products[b][i][j] = sum z_i y_j and, unless both are null, sums[b][i] = sum z_i and
- * signed_sums[b][i] = sum z_i sign(y_i), which is the sum of |z_i| when y = z. tensors = left, then right. Accumulated in float64, in an
- * order that depends on count alone; written as out_dtype, float32 or float64. At most 65 tensors a side. */
+ * signed_sums[b][i] = sum z_i sign(y_i), which is the sum of |z_i| when y = z. tensors = left, then right. Accumulated in float32 (float64
+ * where a tensor is) over some hundred elements, then in float64, in an order that depends on count alone; written as out_dtype, float32 or
+ * float64. At most 65 tensors a side. */
 int fewstep_cpu_gram(int64_t left, int64_t right, int64_t rows, int64_t batch, int64_t count, const fewstep_tensor *tensors,
                      const double *combinations, void *products, void *sums, void *signed_sums, int64_t out_dtype, int64_t threads);
 
-/* out[b] = sum w phi(a - b) with phi(d) = d^2 (kind 0), |d| (1) or sqrt(d^2 + c^2) - c (2); where a tangent is given, its derivative
- * sum w phi'(a - b) (tangent_a - tangent_b). tensors = a, b, w, tangent_a, tangent_b; data 0 for the last three that are not there. */
-int fewstep_cpu_distance(int64_t kind, double c, int64_t batch, int64_t count, const fewstep_tensor *tensors, void *out, int64_t out_dtype,
-                         int64_t threads);
+/* out[b] = s / divisor or, with norm > 0, sqrt(s + norm^2) - norm, where s = sum w phi(a - b) with phi(d) = d^2 (kind 0), |d| (1) or
+ * sqrt(d^2 + c^2) - c (2) or, where a tangent is given, its derivative sum w phi'(a - b) (tangent_a - tangent_b). Added up as in gram.
+ * tensors = a, b, w, tangent_a, tangent_b; data 0 for the last three that are not there. */
+int fewstep_cpu_distance(int64_t kind, double c, int64_t batch, int64_t count, const fewstep_tensor *tensors, double divisor, double norm,
+                         void *out, int64_t out_dtype, int64_t threads);
 /* gradient_a = scales[b] w phi'(a - b) = -gradient_b; tensors = a, b, w, gradient_a, gradient_b; data 0 for the last three that are not there. */
 int fewstep_cpu_distance_gradient(int64_t kind, double c, int64_t batch, int64_t count, const fewstep_tensor *tensors, const void *scales,
                                   int64_t scales_dtype, int64_t threads);

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,21 +88,41 @@ def _aligned(tensors: Sequence[Tensor | None]) -> list[Any]:
     return [None if x is None else next(same) for x in tensors]
 
 
-def _sum(kind, c, a, b, weight, along_a, along_b):
+class _Result(NamedTuple):
+    """What is made of a sample's sum: sum / size, or with c the norm sqrt(sum + c^2) - c."""
+
+    size: int = 1
+    c: float = 0.0
+
+    def of(self, total: Tensor) -> Tensor:
+        if self.c:
+            return total / (torch.sqrt(total + self.c * self.c) + self.c)
+        return total if self.size == 1 else total / self.size
+
+    def pulled(self, scale: Tensor, result: Tensor | None) -> Tensor:
+        """The gradient of the sum, from the result (with c) and its gradient."""
+        if result is not None:
+            return scale / (2 * (result + self.c))
+        return scale if self.size == 1 else scale / self.size
+
+
+_SUM = _Result()
+
+
+def _sum(kind, c, a, b, weight, along_a, along_b, made=_SUM):
     tensors = (a, b, weight, along_a, along_b)
     backend = _backend(tensors)
     if backend == "reference":
         if along_a is None and along_b is None:
-            return reference(kind, c, a, b, weight)
+            return made.of(reference(kind, c, a, b, weight))
         return tangent_reference(kind, c, a, b, weight, along_a, along_b)
     out = a.new_empty(a.shape[0], dtype=_wide(a, b, weight))
     read = _aligned(tensors)
     if backend == "triton":
         distance_kernels.add_up(kind, c, read[:3], read[3:], out)
-    else:
-        count = math.prod(a.shape[1:])
-        table = reductions.rows(read)
-        native.call("distance", a, kind, c, a.shape[0], count, table, out.data_ptr(), native.DTYPES[out.dtype])
+        return made.of(out)
+    count, table, code = math.prod(a.shape[1:]), reductions.rows(read), native.DTYPES[out.dtype]
+    native.call("distance", a, kind, c, a.shape[0], count, table, made.size, made.c, out.data_ptr(), code)
     return out
 
 
@@ -140,8 +160,10 @@ _raw_gradient = registration.define(
 
 def _gradients(kind, c, scale, a, b, weight, of_a, of_b) -> list[Tensor]:
     """The gradients asked for, in one pass; they have derivatives themselves."""
-    if not registration.differentiating(x for x in (scale, a, b, weight) if x is not None):
-        return _raw_gradient(kind, c, scale, a, b, weight, of_a, of_b)
+    given = [x for x in (scale, a, b, weight) if x is not None]
+    if not registration.differentiating(given):
+        direct = registration.quiet() and registration.plain(given)
+        return (_gradient if direct else _raw_gradient)(kind, c, scale, a, b, weight, of_a, of_b)
 
     def fast(scale, a, b, weight=None):
         return tuple(_raw_gradient(kind, c, scale, a, b, weight, of_a, of_b))
@@ -170,6 +192,35 @@ def _along(kind, c, a, b, weight, along_a, along_b) -> Tensor:
     return reductions.by_reference(fast, plain, a, b, *optional)
 
 
+def _pulled(ctx, scale, a, b, weight=None) -> tuple[Tensor | None, ...]:
+    """Gradients of what `_Distance` takes."""
+    result: list[Any] = [None] * 5
+    of_a, of_b, of_weight = ctx.needs_input_grad[2:5]
+    if of_a or of_b:
+        found = iter(_gradients(ctx.kind, ctx.c, scale, a, b, weight, of_a, of_b))
+        result[2:4] = (next(found) if wanted else None for wanted in (of_a, of_b))
+    if of_weight:
+        terms = value(ctx.kind, ctx.c, _difference(a, b, weight))
+        result[4] = (scale.view(-1, *[1] * (a.ndim - 1)) * terms).to(weight.dtype)
+    return tuple(result)
+
+
+class _Quick(torch.autograd.Function):
+    """`_Distance` and what is made of it where no transform follows: one node in an older form, past the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, kind, c, a, b, weight, made):
+        result = _sum(kind, c, a, b, weight, None, None, made)
+        ctx.kind, ctx.c, ctx.made = kind, c, made
+        ctx.save_for_backward(result if made.c else None, a, b, weight)
+        return result
+
+    @staticmethod
+    def backward(ctx, scale):
+        result, *tensors = ctx.saved_tensors
+        return *_pulled(ctx, ctx.made.pulled(scale, result), *tensors), None
+
+
 class _Distance(torch.autograd.Function):
     """sum w phi(a - b): gradient and tangent are one pass each."""
 
@@ -186,16 +237,7 @@ class _Distance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale):
-        a, b, weight = (*ctx.saved_tensors, None)[:3]
-        result: list[Any] = [None] * 5
-        of_a, of_b, of_weight = ctx.needs_input_grad[2:]
-        if of_a or of_b:
-            found = iter(_gradients(ctx.kind, ctx.c, scale, a, b, weight, of_a, of_b))
-            result[2:4] = [next(found) if wanted else None for wanted in (of_a, of_b)]
-        if of_weight:
-            terms = value(ctx.kind, ctx.c, _difference(a, b, weight))
-            result[4] = (scale.view(-1, *[1] * (a.ndim - 1)) * terms).to(weight.dtype)
-        return tuple(result)
+        return _pulled(ctx, scale, *ctx.saved_tensors)
 
     @staticmethod
     def jvp(ctx, _kind, _c, along_a, along_b, along_weight):
@@ -214,13 +256,19 @@ class _Distance(torch.autograd.Function):
         return _total(kind, c, a, b, weight).unflatten(0, (info.batch_size, -1)), 0
 
 
-def _total(kind: int, c: float, a: Tensor, b: Tensor, weight: Tensor | None) -> Tensor:
-    """sum_i w_i phi(a_i - b_i), [B]; weight None or of the tensors' shape."""
+def _total(kind: int, c: float, a: Tensor, b: Tensor, weight: Tensor | None, made: _Result = _SUM) -> Tensor:
+    """sum_i w_i phi(a_i - b_i), [B], and what is made of it; weight None or of the tensors' shape."""
     if registration.tracing() or backends.choose("distance", a.device.type)[0] == "reference":
-        return reference(kind, c, a, b, weight)
-    if registration.differentiating(x for x in (a, b, weight) if x is not None):
-        return reductions.compiled_node(_Distance)(kind, c, a, b, weight)
-    return _raw(kind, c, a, b, weight, None, None)
+        return made.of(reference(kind, c, a, b, weight))
+    given = (a, b) if weight is None else (a, b, weight)
+    differentiating = registration.differentiating(given)
+    if registration.quiet() and registration.plain(given):
+        if differentiating:
+            return _Quick.apply(kind, c, a, b, weight, made)
+        return _sum(kind, c, a, b, weight, None, None, made)
+    if differentiating:
+        return made.of(reductions.compiled_node(_Distance)(kind, c, a, b, weight))
+    return made.of(_raw(kind, c, a, b, weight, None, None))
 
 
 def _weights(name: str, a: Tensor, b: Tensor, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -247,9 +295,8 @@ def _elements(name: str, kind: int, c: float, a: Tensor, b: Tensor, weight: Tens
     of_elements, of_samples = _weights(name, a, b, weight)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'mean' or 'sum'.")
-    total = _total(kind, c, a, b, of_elements)
-    if reduction == "mean":
-        total = total / math.prod(a.shape[1:])
+    made = _Result(size=math.prod(a.shape[1:]) if reduction == "mean" else 1)
+    total = _total(kind, c, a, b, of_elements, made)
     return total if of_samples is None else of_samples * total
 
 
@@ -290,6 +337,5 @@ def pseudo_huber(a: Tensor, b: Tensor, weight: Tensor | None = None, *, c: float
     """
     c = _check_c("pseudo_huber", c)
     of_elements, of_samples = _weights("pseudo_huber", a, b, weight)
-    square = _total(SQUARE, 0.0, a, b, of_elements)
-    distance = square / (torch.sqrt(square + c * c) + c)
+    distance = _total(SQUARE, 0.0, a, b, of_elements, _Result(c=c))
     return distance if of_samples is None else of_samples * distance

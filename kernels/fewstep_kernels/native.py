@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 3
+ABI = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 SCALAR_DTYPES = {torch.float32: 0, torch.float64: 3, torch.int64: 4}
 _int, _double, _pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
@@ -26,7 +26,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "multi_tensor_l2norm": [_int, _pointer, _pointer, _pointer, _int],
     "adamw_ema_step": [_int, _int, _pointer, _pointer, _pointer, _pointer],
     "gram": [_int, _int, _int, _int, _int, _pointer, _pointer, _pointer, _pointer, _pointer, _int],
-    "distance": [_int, _double, _int, _int, _pointer, _pointer, _int],
+    "distance": [_int, _double, _int, _int, _pointer, _double, _double, _pointer, _int],
     "distance_gradient": [_int, _double, _int, _int, _pointer, _pointer, _int],
     "threshold": [_int, _int, _pointer, _double, _double, _double],
     "normalise": [_pointer],

@@ -7,8 +7,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.nn import Parameter
 
 from . import backends, registration
 from .normalisation_formulas import (
@@ -63,11 +61,6 @@ def _mapped(function, folds: int, dims, *tensors):
     return torch.func.vmap(call, tuple(dims[i] for i in live))(*(tensors[i] for i in live))
 
 
-def _plain(tensors) -> bool:
-    """Whether all are tensors of torch's own, none wrapped by a transform (one may be where no level is active)."""
-    return all(type(p) in (Tensor, Parameter) and not is_functorch_wrapped_tensor(p) for p in tensors)
-
-
 def _pulled(ctx, gradient) -> tuple[Tensor | None, ...]:
     """Gradients of what `_Normalise` and `_Quick` take."""
     x, *rest, mean, rstd = ctx.saved_tensors
@@ -75,7 +68,7 @@ def _pulled(ctx, gradient) -> tuple[Tensor | None, ...]:
     live = [p for p in (gradient, x, *given) if p is not None]
     if registration.tracing() or registration.differentiating(live):
         dx, da, db = gradients(form, gradient, x, given)
-    elif registration.quiet() and _plain(live):
+    elif registration.quiet() and registration.plain(live):
         dx, da, db = run_backward(form.operator, gradient, x, mean, rstd, *given, *form[1:])
     else:
         dx, da, db = raw[form.operator + "_backward"](gradient, x, mean, rstd, *given, *form[1:])
@@ -230,7 +223,7 @@ def normalise(form: Form, x: Tensor, given: Parameters) -> Tensor:
         return reference(form, x, given)
     if registration.quiet():
         live = [p for p in (x, *given) if p is not None]
-        if _plain(live):
+        if registration.plain(live):
             if registration.differentiating(live):
                 return _Quick.apply(x, *given, form)
             return run(form.operator, x, *given, *form[1:])[0]

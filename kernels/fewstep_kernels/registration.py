@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 _is_tracing, _profiling = _C._is_tracing, _C._autograd._profiler_enabled
 _dispatch_modes, _function_modes = _C._len_torch_dispatch_stack, _C._len_torch_function_stack
@@ -40,6 +42,11 @@ def quiet() -> bool:
         or forward_ad._current_level >= 0
         or _profiling()
     )
+
+
+def plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether all are tensors of torch's own, none wrapped by a transform (one may be where no level is active)."""
+    return all(type(x) in (Tensor, Parameter) and not is_functorch_wrapped_tensor(x) for x in tensors)
 
 
 def differentiating(tensors: Iterable[Tensor]) -> bool:

@@ -72,6 +72,23 @@ def test_gradients_are_at_most_three_times_torchs(name, dtype, count):
         assert error(ours, true) <= 3 * error(other, true) + floor
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_instruction_set_is_as_exact(name, instructions):
+    for dtype in DTYPES:
+        test_error_is_at_most_twice_that_of_torch(name, dtype, 4097)
+        test_gradients_are_at_most_three_times_torchs(name, dtype, 500)
+
+
+def test_the_pseudo_huber_form_takes_every_magnitude(instructions):
+    """An estimated square root must not fail at 0, where squares underflow, or near the largest number."""
+    d = torch.tensor([0.0, 1e-30, 1e-3, 1.0, 1e18])[:, None].repeat(1, 33)  # vectors and a rest
+    for c in (1e-30, 1e-3, 1e18):
+        found = pseudo_huber_elementwise(d, torch.zeros_like(d), c=c)
+        wide = d[:, 0].double()
+        truth = wide**2 / (torch.sqrt(wide**2 + c**2) + c)
+        torch.testing.assert_close(found, truth.float(), rtol=2e-6, atol=1e-30)  # atol: of squares that underflow
+
+
 def test_small_differences_survive_the_pseudo_huber_form():
     a = draw(2, 500)
     b = a + 1e-4 * draw(2, 500)

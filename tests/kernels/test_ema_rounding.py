@@ -1,42 +1,16 @@
 """bfloat16 averages: what nearest rounding loses, what stochastic rounding keeps, and that its bits are fixed."""
 
-import os
-import shutil
-from pathlib import Path
-
-import pytest
 import torch
 
-from fewstep_kernels import backends, ema_update, native
+from fewstep_kernels import ema_update
 from fewstep_kernels.ema import element_origins, reference, round_stochastically
 
 SHAPES = ((1,), (63,), (0,), (500, 7), (8191,), (8, 1030))
-CACHES = (native.cpu, backends.override, backends._missing, backends.choose)
 
 
 def tensors(dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
-
-
-@pytest.fixture(params=("baseline", "avx2", "avx512"))
-def instructions(request, monkeypatch, tmp_path):
-    """The C++ library loaded anew, told to use at most these instructions."""
-    library = Path(native.__file__).parent / "_lib" / "libfewstep_cpu.so"
-    if not library.is_file():
-        pytest.skip("libfewstep_cpu.so was not built")
-    (tmp_path / "_lib").mkdir()
-    shutil.copy(library, tmp_path / "_lib")
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    monkeypatch.setitem(os.environ, "FEWSTEP_INSTRUCTIONS", request.param)
-    for cache in CACHES:
-        cache.cache_clear()
-    if native.cpu().instructions != request.param:
-        pytest.skip(f"this processor offers {native.cpu().instructions}, not {request.param}")
-    yield request.param
-    monkeypatch.undo()
-    for cache in CACHES:
-        cache.cache_clear()
 
 
 def test_every_instruction_set_rounds_to_the_references_bits(instructions):
