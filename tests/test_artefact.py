@@ -71,6 +71,7 @@ def test_everything_comes_back_bit_for_bit(student_folder, tmp_path):
     [
         ({"recipe": {"method": {"name": "dmd2", "guidance": 3}}}, "dmd2", 3.0),
         ({"recipe": {"method": {"name": "dmd2", "guidance": None}}}, "dmd2", 1.0),
+        ({"recipe": {"method": {"name": "dmd2", "guidance": {"name": "apg", "scale": 2}}}}, "dmd2", 2.0),
         ({"recipe": None, "method": "none"}, None, 1.0),
         ({"recipe": "recipes/mine.yaml"}, None, 1.0),
     ],

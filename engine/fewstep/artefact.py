@@ -85,8 +85,12 @@ class Artefact:
 
     @property
     def guidance(self) -> float:
-        """The scale at which its teacher was guided, inside a student from then on; 1 where none is recorded."""
-        scale = self._recipe_of_method.get("guidance")
+        """The scale at which its teacher was guided, inside a student from then on; 1 where none is recorded.
+
+        Of a form of guidance, whatever else it does, its scale.
+        """
+        given = self._recipe_of_method.get("guidance")
+        scale = given.get("scale") if isinstance(given, Mapping) else given
         return float(scale) if isinstance(scale, int | float) and scale else 1.0
 
     @property

@@ -189,6 +189,33 @@ def test_a_network_without_classes_is_trained_without_conditions(tmp_path):
     assert saved.classes is None and saved.denoiser.net.config["classes"] is None
 
 
+@pytest.mark.parametrize("name", ("consistency_distillation", "dmd2"))
+def test_a_teacher_guided_in_a_form_is_another_teacher(tmp_path, name):
+    forms = (None, 3.0, {"name": "interval", "scale": 3.0, "sigma_high": 1.0}, {"name": "rescale", "scale": 3.0})
+    found = []
+    for number, form in enumerate(forms):
+        method = {**small.METHODS[name], "guidance": form, **({"critic_updates": 1} if name == "dmd2" else {})}
+        run = Trainer(
+            small.recipe(tmp_path / str(number), method, updates=2), teacher=small.teacher(), loader=small.Digits()
+        )
+        run.fit()
+        found.append(small.weights(run))
+    for one in range(len(forms)):
+        assert all(largest_difference(found[one], found[other]) > 0 for other in range(one))
+
+
+def test_guidance_of_a_teacher_that_knows_no_classes_is_refused(tmp_path):
+    plain = small.teacher()
+    plain.net = MLP(64, width=16, classes=None)
+    for guidance, refused in (({"name": "apg", "scale": 2.0}, True), (2.0, True), (1.0, False), (None, False)):
+        recipe = small.recipe(tmp_path, {**small.METHODS["dmd2"], "guidance": guidance})
+        if refused:
+            with pytest.raises(UserError, match=r"method.guidance is .* and the teacher knows no classes"):
+                Trainer(recipe, teacher=plain, loader=small.Digits())
+        else:
+            Trainer(recipe, teacher=plain, loader=small.Digits())
+
+
 def test_a_teacher_of_other_images_is_refused(tmp_path, teacher_folder):
     class Large(small.Digits):
         image_shape = (1, 16, 16)

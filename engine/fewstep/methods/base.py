@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
 
 from fewstep import solvers
 from fewstep.diffusion import guidance as guiding
+from fewstep.diffusion import teacher_guidance
 from fewstep.diffusion.guidance import joined
 from fewstep.diffusion.linear import combine
 from fewstep.methods.batch import Batch, map_tensors
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+# a scale, or a form such as {name: interval, scale: 3, sigma_high: 1.6}; see docs/guidance.md
+TeacherGuidance = Annotated[float | dict[str, Any] | None, BeforeValidator(teacher_guidance.stored)]
 
 
 class MethodConfig(BaseModel):
@@ -143,7 +146,7 @@ class Method:
     and `stage` before each stage. The artefact holds network `result` with a plan by `sampling` for each number of
     evaluations in `steps_offered`. `networks`, `needs` and `steps_offered` may be properties that read `config`; no
     option of `config` has a meaning of its own to anybody else, but for those `teacher_step` names and `guidance`, the
-    teacher's scale that was distilled: at that scale `fewstep evaluate` compares student and teacher.
+    teacher's scale or form that was distilled: at that scale `fewstep evaluate` compares student and teacher.
     """
 
     class Config(MethodConfig):
@@ -201,20 +204,26 @@ class Method:
         t: Tensor,
         cond: Any,
         null: Any = None,
-        guidance: float | Tensor | None = None,
+        guidance: float | Tensor | Mapping[str, Any] | None = None,
         way: Way = "value",
     ) -> Tensor:
-        """uncond + w (cond - uncond) of the network's answers, by one call on the doubled batch.
+        """The network's guided clean estimate, by one call on the batch of all conditions; t [B].
 
-        Ho and Salimans 2022, arXiv:2207.12598, in our convention: w = 1 or None is the conditional answer alone.
-        `guidance` may be [B]; `null` None asks the network for its null condition.
+        guidance: w of uncond + w (cond - uncond), which may be [B] (Ho and Salimans 2022, arXiv:2207.12598, in our
+        convention: w = 1 or None is the conditional answer alone); or a form of `fewstep.diffusion.teacher_guidance`.
+        `null` None asks the network for its null condition.
         """
         call = network.by(way)
-        if cond is None or guidance is None or not guiding.is_guided(guidance):
+        form = None if isinstance(guidance, Tensor) else teacher_guidance.get(guidance)
+        if cond is None or guidance is None or not (form is None or form.acts):
             return call(x, t, cond)
         null = network.null(cond) if null is None else null
         both = call(torch.cat([x, x]), torch.cat([t, t]), joined(cond, null))
-        return combine([both[: len(x)], both[len(x) :]], [guiding.coefficients(guidance)])[0]
+        answers = [both[: len(x)], both[len(x) :]]
+        if isinstance(guidance, Mapping):
+            assert form is not None
+            return teacher_guidance.guided(form, x, t, answers, network.schedule, network.prediction)
+        return combine(answers, [guiding.coefficients(guidance)])[0]
 
     def teacher_step(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Any = None) -> Tensor:
         """x_s: one step of the teacher from times t to s [B], by `config.solver` and guided by `config.guidance`."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fewstep import solvers
-from fewstep.methods.base import Average, Method, MethodConfig, Needs, NetworkSpec
+from fewstep.methods.base import Average, Method, MethodConfig, Needs, NetworkSpec, TeacherGuidance
 from fewstep.methods.batch import Batch
 from fewstep.methods.distances import Distance
 from fewstep.methods.registry import register
@@ -35,8 +35,8 @@ class ConsistencyDistillation(Method):
         """Their spacing: a time grid by name, or {name: karras, rho: 7}."""
         solver: Literal["euler", "heun"] = "heun"
         """The one step the teacher makes from a node to the next."""
-        guidance: float | None = None
-        """Guidance of that step, distilled into the student; none or 1: conditional only."""
+        guidance: TeacherGuidance = None
+        """Guidance of that step, distilled into the student: a scale or a form; none or 1: conditional only."""
         distance: Distance = Distance()
         """Between the student's two answers."""
         weighting: Literal["uniform", "inverse_gap"] = "uniform"

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fewstep import solvers
-from fewstep.methods.base import Method, MethodConfig, Needs, NetworkSpec, OptimizerConfig, Update
+from fewstep.methods.base import Method, MethodConfig, Needs, NetworkSpec, OptimizerConfig, TeacherGuidance, Update
 from fewstep.methods.batch import Batch
 from fewstep.methods.critic import Critic, matching_direction, pseudo_target_loss
 from fewstep.methods.discriminator import Discriminator, accuracy, discriminator_loss, make_head, student_loss, tap_name
@@ -37,8 +37,8 @@ class DMD2(Method):
         """Times at which a student of so many steps is asked; none: those of the grid."""
         grid: Grid = "karras"
         """The spacing of those times: a time grid by name, or {name: karras, rho: 7}."""
-        guidance: float | None = None
-        """Guidance of the teacher (the real score) only; none or 1: conditional only."""
+        guidance: TeacherGuidance = None
+        """Guidance of the teacher (the real score) only: a scale or a form; none or 1: conditional only."""
         critic_updates: int = Field(5, ge=1)
         """Critic updates to one of the student (section 4.2)."""
         critic_optimizer: OptimizerConfig | None = None

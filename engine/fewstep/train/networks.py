@@ -11,7 +11,7 @@ from torch import nn
 
 from fewstep import methods, nets
 from fewstep.diffusion import prediction as predictions
-from fewstep.diffusion import schedules
+from fewstep.diffusion import schedules, teacher_guidance
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError
 from fewstep.train.ema import Average
@@ -88,6 +88,14 @@ def fit(module: nn.Module, loader: Any, teacher_shape: tuple[int, ...] | None) -
             "(or null), or train on other data."
         )
     return known is not None
+
+
+def check_guidance(method: methods.Method, conditional: bool) -> None:
+    """Raises `UserError` where the teacher is to be guided and is told no condition."""
+    given = getattr(method.config, "guidance", None)
+    form = teacher_guidance.get(given)
+    if form is not None and form.acts and not conditional:
+        raise UserError(f"method.guidance is {given!r} and the teacher knows no classes; leave guidance out.")
 
 
 def attempt(module: Any, shape: tuple[int, ...]) -> None:

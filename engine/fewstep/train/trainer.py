@@ -88,6 +88,7 @@ class Trainer:
         self.loader = loader if loader is not None else self._loader()
         result = self.modules[self.method.result]
         self._conditional = networks.fit(result, self.loader, self._teacher_shape)
+        networks.check_guidance(self.method, self._conditional)
         if self._conditional:
             self.classes = self.classes or getattr(self.loader, "classes", None)
         if recipe.network is not None and isinstance(result, Denoiser):
