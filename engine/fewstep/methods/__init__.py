@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fewstep.methods import consistency_distillation, denoising, dmd2
+from fewstep.methods import consistency_distillation, denoising, dmd2, genie
 from fewstep.methods.base import (
     Average,
     Method,
@@ -37,6 +37,7 @@ __all__ = [
     "consistency_distillation",
     "denoising",
     "dmd2",
+    "genie",
     "get",
     "names",
     "plans",

@@ -71,8 +71,18 @@ class MLP(Conditioned):
     def forward(
         self, x: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None, w: Tensor | None = None
     ) -> Tensor:
+        return self.answer(self.hidden(x, t, cond, s, w)).reshape(x.shape)
+
+    def hidden(
+        self, x: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None, w: Tensor | None = None
+    ) -> Tensor:
+        """[B, width]: what the last layer reads."""
         embedding = self.conditioning(t, cond, {"s": s, "w": w})
         h = self.first(x.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)
-        return self.last(h).reshape(x.shape)
+        return h
+
+    def answer(self, h: Tensor) -> Tensor:
+        """The last layer, [B, dim]."""
+        return self.last(h)

@@ -11,7 +11,12 @@ from torch import nn
 
 from fewstep.errors import UserError, choose
 
-_CLASSES = {"mlp": "fewstep.nets.mlp:MLP", "dit": "fewstep.nets.dit:DiT", "unet": "fewstep.nets.unet:UNet"}
+_CLASSES = {
+    "mlp": "fewstep.nets.mlp:MLP",
+    "dit": "fewstep.nets.dit:DiT",
+    "unet": "fewstep.nets.unet:UNet",
+    "genie": "fewstep.nets.genie:Genie",
+}
 
 
 def names() -> list[str]:

@@ -120,6 +120,12 @@ class UNet(Conditioned):
     def forward(
         self, x: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None, w: Tensor | None = None
     ) -> Tensor:
+        return self.answer(self.hidden(x, t, cond, s, w))
+
+    def hidden(
+        self, x: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None, w: Tensor | None = None
+    ) -> Tensor:
+        """[B, widths[0], H, W]: what the last layer reads."""
         embedding = self.conditioning(t, cond, {"s": s, "w": w})
         h = self.first(x)
         passed: list[Tensor] = []
@@ -130,4 +136,8 @@ class UNet(Conditioned):
         h = self.middle(h, embedding)
         for blocks, up, level in zip(list(self.decoder)[::-1], list(self.up)[::-1], passed[::-1]):
             h = blocks(level + up(h), embedding)
+        return h
+
+    def answer(self, h: Tensor) -> Tensor:
+        """The last layer."""
         return self.last(functional.silu(self.norm(h)))
