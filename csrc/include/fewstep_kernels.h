@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-enum { FEWSTEP_FLOAT32 = 0, FEWSTEP_BFLOAT16 = 1, FEWSTEP_FLOAT16 = 2, FEWSTEP_FLOAT64 = 3, FEWSTEP_INT64 = 4 };
+enum { FEWSTEP_FLOAT32 = 0, FEWSTEP_BFLOAT16 = 1, FEWSTEP_FLOAT16 = 2, FEWSTEP_FLOAT64 = 3, FEWSTEP_INT64 = 4, FEWSTEP_BOOL = 5 };
 enum { FEWSTEP_OVERLAP = 2, FEWSTEP_NOT_PLAIN = 3, FEWSTEP_DONE = 4 };
 
 typedef struct {
@@ -143,6 +143,33 @@ typedef struct {
 int fewstep_cpu_normalise(const fewstep_normalisation *job, int64_t threads);
 int fewstep_cpu_normalise_backward(const fewstep_normalisation *job, int64_t threads);
 int fewstep_cpu_normalise_tangent(const fewstep_normalisation *job, int64_t threads);
+
+/* [batch, heads, rows, columns] with neighbouring columns; strides in elements. */
+typedef struct {
+    int64_t data; /* address, or 0 */
+    int64_t batch_stride, head_stride, row_stride;
+} fewstep_rows;
+
+typedef struct {
+    int64_t data; /* address, or 0 */
+    int64_t batch_stride, head_stride, row_stride, column_stride;
+    int64_t dtype; /* FEWSTEP_BOOL (not 0: attends), or what is added */
+} fewstep_mask;
+
+/* With S = scale q k^T + mask, P = softmax(S) and dS = scale (tq k^T + q tk^T): out = P v, tangent = W v - rowsum(W) out + P tv, W = P dS, and
+ * lse = log sum exp S; causal: query i attends keys 0..i; 0, and -inf in lse, where a query attends nothing. q, tq [batch, heads, rows, width];
+ * k, tk [batch, key_heads, keys, width]; v, tv [batch, key_heads, keys, value_width]; all of dtype, and a tangent that is not there is zero.
+ * Head h attends key head h / (heads / key_heads). out, tangent: contiguous [batch, heads, rows, value_width] of dtype; lse [batch, heads, rows],
+ * float64 where dtype is, else float32, as all sums are. The result does not depend on threads. */
+typedef struct {
+    int64_t batch, heads, key_heads, rows, keys, width, value_width, dtype, causal;
+    double scale;
+    fewstep_rows q, k, v, tq, tk, tv;
+    fewstep_mask mask;
+    void *out, *tangent, *lse;
+} fewstep_attention;
+
+int fewstep_cpu_attention_jvp(const fewstep_attention *job, int64_t threads);
 
 const char *fewstep_cpu_instructions(void); /* "avx512", "avx2" or "baseline": chosen once, from this processor */
 int fewstep_cpu_abi(void);

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import attention_native, backends, registration
 from . import attention_primal as primal
-from . import backends, registration
 
 
 def reference(
@@ -70,7 +70,10 @@ def reference(
 
 
 def _attention_jvp(q, k, v, tq, tk, tv, mask, causal, scale):
-    if backends.choose("attention_jvp", q.device.type)[0] == "triton":
+    served = backends.choose("attention_jvp", q.device.type)[0]
+    if served == "cpu" and attention_native.serves(q, k, v):
+        return attention_native.call(q, k, v, tq, tk, tv, mask, causal, scale)
+    if served == "triton":
         from . import attention_jvp_kernels as kernels
 
         if kernels.serves(q, k, v, scale):

@@ -29,7 +29,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "ema_update": ("cpu", "cuda"),
     "multi_tensor_l2norm": ("cpu", "cuda"),
     "adamw_ema_step": ("cpu", "cuda"),
-    "attention_jvp": ("triton",),
+    "attention_jvp": ("cpu", "triton"),
     "group_norm_silu": ("cpu", "triton"),
     "layer_norm_modulate": ("cpu", "triton"),
     "rms_norm_modulate": ("cpu", "triton"),

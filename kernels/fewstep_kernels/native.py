@@ -16,6 +16,7 @@ from torch import Tensor
 
 ABI = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+BOOL = 5  # in masks
 SCALAR_DTYPES = {torch.float32: 0, torch.float64: 3, torch.int64: 4}
 _int, _double, _pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _SIGNATURES: dict[str, list[Any]] = {
@@ -32,6 +33,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "normalise": [_pointer],
     "normalise_backward": [_pointer],
     "normalise_tangent": [_pointer],
+    "attention_jvp": [_pointer],
 }
 # Places in fewstep_lincomb, in int64 numbers: of the seeds' address, the coefficients' and their strides, and of the
 # first tensor's (address, batch stride, dtype).

@@ -120,8 +120,8 @@ def _rows(operator: Callable[..., Tensor]) -> Callable[[_Draw], list[Tensor]]:
 
 
 def _attention_jvp(draw: _Draw) -> list[Tensor]:
-    primals, tangents = ([draw(1, 4, 7, 24), draw(1, 2, 9, 24), draw(1, 2, 9, 24)] for _ in range(2))
-    return list(attention_jvp(*primals, *tangents))
+    primals, tangents = ([draw(1, 4, 70, 24), draw(1, 2, 101, 24), draw(1, 2, 101, 24)] for _ in range(2))
+    return [*attention_jvp(*primals, *tangents), *attention_jvp(*primals, *tangents, causal=True)]
 
 
 CHECKS: dict[str, Callable[[_Draw], list[Tensor]]] = {

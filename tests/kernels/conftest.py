@@ -1,4 +1,4 @@
-"""The C++ library as processors with fewer instructions would run it."""
+"""What tests run under: the C++ library as processors with fewer instructions would run it, a backend of attention."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fewstep_kernels import backends, native
+from fewstep_kernels import attention_primal, backends, native
 
 CACHES = (native.cpu, backends.override, backends._missing, backends.choose)
 
@@ -23,9 +23,23 @@ def instructions(request, monkeypatch, tmp_path):
     monkeypatch.setitem(os.environ, "FEWSTEP_INSTRUCTIONS", request.param)
     for cache in CACHES:
         cache.cache_clear()
-    if native.cpu().instructions != request.param:
-        pytest.skip(f"this processor offers {native.cpu().instructions}, not {request.param}")
-    yield request.param
-    monkeypatch.undo()
-    for cache in CACHES:
-        cache.cache_clear()
+    try:
+        if native.cpu().instructions != request.param:
+            pytest.skip(f"this processor offers {native.cpu().instructions}, not {request.param}")
+        yield request.param
+    finally:
+        monkeypatch.undo()
+        for cache in CACHES:
+            cache.cache_clear()
+
+
+@pytest.fixture(params=("one tile", "tiles", "cpu"))
+def attention_backend(request, monkeypatch):
+    """attention_jvp by its reference, in one tile or in many small ones, and by C++."""
+    if request.param == "cpu" and native.cpu().missing:
+        pytest.skip(native.cpu().missing)
+    if request.param == "tiles":
+        monkeypatch.setattr(attention_primal, "SCORES", 60)
+        monkeypatch.setattr(attention_primal, "ROWS", 3)
+    with backends.asking("cpu" if request.param == "cpu" else "reference"):
+        yield request.param

@@ -1,4 +1,6 @@
-"""Attention and its tangent, against plain attention differentiated by torch in float64."""
+"""Attention and its tangent, against plain attention differentiated by torch in float64, on every backend."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,8 +9,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fewstep_kernels as fk
-from fewstep_kernels import attention, attention_jvp, attention_primal
-from fewstep_kernels.attention_reference import reference
+from fewstep_kernels import attention, attention_jvp, attention_primal, backends
+from fewstep_kernels.attention_reference import raw, reference
+from tests.kernels.reductions import one_and_two_threads
 
 
 def plain(q, k, v, mask=None, causal=False, scale=None):
@@ -62,17 +65,10 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)  # float64, sums in another order
 
 
-@pytest.fixture(params=(None, (500, 16)), ids=("one_tile", "tiles"))
-def tile_size(request, monkeypatch):
-    if request.param:
-        monkeypatch.setattr(attention_primal, "SCORES", request.param[0])
-        monkeypatch.setattr(attention_primal, "ROWS", request.param[1])
-
-
 @EVERY_SHAPE
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("causal", (False, True))
-def test_values_and_tangents(shape, mask, causal, tile_size):
+def test_values_and_tangents(shape, mask, causal, attention_backend):
     primals, tangents = draw(*shape)
     mask = make_mask(mask, *shape[:2], *shape[3:5])
     expected = jvp(lambda *x: plain(*x, mask, causal), primals, tangents)
@@ -82,7 +78,7 @@ def test_values_and_tangents(shape, mask, causal, tile_size):
     assert expected[1].abs().max() > 1e-3 or shape[4] == 1 or "dead" in str(mask)
 
 
-def test_values_of_another_width_and_another_scale(tile_size):
+def test_values_of_another_width_and_another_scale(attention_backend):
     primals, tangents = draw(2, 4, 2, 9, 11, 24, value_width=5)
     expected = jvp(lambda *x: plain(*x, scale=0.7), primals, tangents)
     close(attention_jvp(*primals, *tangents, scale=0.7), expected)
@@ -90,14 +86,14 @@ def test_values_of_another_width_and_another_scale(tile_size):
 
 
 @pytest.mark.parametrize("moving", range(3))
-def test_a_missing_tangent_is_zero(moving):
+def test_a_missing_tangent_is_zero(moving, attention_backend):
     primals, tangents = draw(2, 4, 2, 9, 11, 24)
     some = [t if i == moving else None for i, t in enumerate(tangents)]
     zeros = [t if i == moving else torch.zeros_like(t) for i, t in enumerate(tangents)]
     close(attention_jvp(*primals, *some), attention_jvp(*primals, *zeros))
 
 
-def test_queries_that_attend_nothing_give_zeros():
+def test_queries_that_attend_nothing_give_zeros(attention_backend):
     primals, tangents = draw(1, 2, 2, 5, 4, 16)
     mask = torch.ones(5, 4, dtype=torch.bool)
     mask[2] = False
@@ -110,9 +106,24 @@ def test_queries_that_attend_nothing_give_zeros():
     assert attention(*draw(1, 2, 2, 0, 3, 16)[0]).shape == (1, 2, 0, 16)
 
 
+ACCURACY = ((2, 2, 2, 63, 130, 40), (1, 4, 4, 130, 63, 72), (1, 2, 2, 256, 256, 64), (2, 2, 2, 7, 500, 256))
+
+
+def test_every_instruction_set_and_any_threads_compute_the_same_function(instructions):
+    for shape in ((2, 4, 2, 131, 200, 24), (1, 2, 2, 70, 7, 3)):
+        for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 2e-5)):  # float32 sums of at most 200 products
+            primals, tangents = draw(*shape, dtype=dtype)
+            mask = make_mask("dead", *shape[:2], *shape[3:5])
+            expected = jvp(lambda *x, mask=mask: plain(*x, mask, True), *draw(*shape))
+            one, two = one_and_two_threads(lambda: attention_jvp(*primals, *tangents, mask=mask, causal=True))  # noqa: B023
+            for found, other, exact in zip(one, two, expected):
+                assert torch.equal(found, other)
+                torch.testing.assert_close(found.double(), exact, rtol=bound, atol=bound)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("shape", ((2, 2, 2, 63, 130, 40), (1, 4, 4, 130, 63, 72), (1, 2, 2, 256, 256, 64)))
-def test_errors_are_within_twice_those_of_torchs_mathematical_attention(dtype, shape):
+@pytest.mark.parametrize("shape", ACCURACY)
+def test_errors_are_within_twice_those_of_torchs_mathematical_attention(dtype, shape, attention_backend):
     primals, tangents = draw(*shape, dtype=dtype)
     truth = jvp(plain, tuple(x.double() for x in primals), tuple(x.double() for x in tangents))
     found = attention_jvp(*primals, *tangents)
@@ -127,7 +138,7 @@ def test_errors_are_within_twice_those_of_torchs_mathematical_attention(dtype, s
         assert 0 < error(ours) <= 2 * error(theirs)
 
 
-def test_strides_do_not_matter():
+def test_strides_do_not_matter(attention_backend):
     (q, k, v), (tq, tk, tv) = draw(2, 3, 3, 9, 11, 16)
     turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, tq, tk, tv)]
     close(attention_jvp(*turned), attention_jvp(q, k, v, tq, tk, tv))
@@ -147,11 +158,30 @@ def test_memory_grows_with_the_length_not_its_square(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
     primals, tangents = draw(1, 2, 2, 2048, 2048, 16, dtype=torch.float32)
-    attention_jvp(*primals, *tangents)
+    with backends.asking("reference"):
+        attention_jvp(*primals, *tangents)
     assert max(sizes) <= attention_primal.SCORES < 2 * 2048 * 2048 / 8
 
 
-def test_every_element_is_written():
+def test_memory_in_cpp_holds_no_scores():
+    if fk.backend("attention_jvp", "cpu") != "cpu":
+        pytest.skip("libfewstep_cpu.so was not built")
+    primals, tangents = draw(1, 1, 1, 8192, 8192, 16, dtype=torch.float32)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError:
+        pytest.skip("this system does not tell the peak of a process's memory")
+
+    def resident(kind):
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition(f"{kind}:")[2].split()[0])
+
+    before = resident("VmRSS")
+    attention_jvp(*primals, *tangents)
+    assert resident("VmHWM") - before < 2**25 < 4 * 8192 * 8192 / 4
+
+
+def test_every_element_is_written(attention_backend):
     primals, tangents = draw(1, 2, 2, 63, 7, 40, dtype=torch.float32)
     expected = attention_jvp(*primals, *tangents)
     torch.use_deterministic_algorithms(True)  # torch.empty is then filled with NaN
@@ -191,7 +221,7 @@ def test_networks_written_with_torchs_function_get_tangents_in_the_context():
         assert functional.scaled_dot_product_attention(*primals, dropout_p=0.9).shape == expected[0].shape
 
 
-def test_autocast_casts_as_torchs_attention_does():
+def test_autocast_casts_as_torchs_attention_does(attention_backend):
     q, k, v = draw(1, 2, 2, 7, 9, 16, dtype=torch.float32)[0]
     with torch.autocast("cpu", torch.bfloat16):
         out = attention(q, k, v.bfloat16())
@@ -217,10 +247,11 @@ def test_what_does_not_fit_is_refused_in_one_sentence():
         attention_jvp(q, k, v, tangents[1], None, None)
 
 
-def test_the_log_sum_exp_is_what_it_says():
+def test_the_log_sum_exp_is_what_it_says(attention_backend):
     (q, k, v), tangents = draw(1, 2, 2, 7, 9, 16)
     expected = (q @ k.transpose(-1, -2) * 0.25).logsumexp(-1)
     close(reference(q, k, v, *tangents, None, False, 0.25)[2], expected)
+    close(raw(q, k, v, *tangents, None, False, 0.25)[2], expected)
     close(attention_primal.forward(q, k, v, None, False, 0.25)[1], expected)
 
 

@@ -14,13 +14,6 @@ PRIMALS, TANGENTS = draw(*SHAPE)
 MASKED = pytest.mark.parametrize("mask", (None, "dead", "added"))
 
 
-@pytest.fixture(params=(None, (60, 3)), ids=("one_tile", "tiles"))
-def tile_size(request, monkeypatch):
-    if request.param:
-        monkeypatch.setattr(attention_primal, "SCORES", request.param[0])
-        monkeypatch.setattr(attention_primal, "ROWS", request.param[1])
-
-
 def pair(mask, causal=True):
     given = make_mask(mask, *SHAPE[:2], *SHAPE[3:5])
     return (
@@ -38,14 +31,14 @@ def energy(function):
 
 
 @MASKED
-def test_cotangents(mask, tile_size):
+def test_cotangents(mask, attention_backend):
     ours, theirs = pair(mask)
     cotangent = torch.cos(torch.arange(120.0).double()).view(2, 4, 5, 3)
     close(vjp(ours, *PRIMALS)[1](cotangent), vjp(theirs, *PRIMALS)[1](cotangent))
 
 
 @MASKED
-def test_gradients_by_backward_once_and_twice(mask, tile_size):
+def test_gradients_by_backward_once_and_twice(mask, attention_backend):
     def both(function):
         leaves = [x.clone().requires_grad_() for x in PRIMALS]
         once = torch.autograd.grad(energy(function)(*leaves), leaves)
@@ -58,7 +51,7 @@ def test_gradients_by_backward_once_and_twice(mask, tile_size):
 
 
 @MASKED
-def test_gradient_of_a_tangent(mask, tile_size):
+def test_gradient_of_a_tangent(mask, attention_backend):
     def along(function):
         return lambda *primals: jvp(energy(function), primals, TANGENTS)[1]
 
@@ -67,7 +60,7 @@ def test_gradient_of_a_tangent(mask, tile_size):
 
 
 @MASKED
-def test_gradients_of_values_and_tangents_with_respect_to_both(mask, tile_size):
+def test_gradients_of_values_and_tangents_with_respect_to_both(mask, attention_backend):
     """The way of training: tangents by func.jvp, gradients by backward."""
     given = make_mask(mask, *SHAPE[:2], *SHAPE[3:5])
 

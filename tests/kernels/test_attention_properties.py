@@ -12,9 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import fewstep_kernels as fk
-from fewstep_kernels import attention, attention_jvp
+from fewstep_kernels import attention, attention_jvp, backends, native
 from tests.kernels.test_attention_jvp import draw, plain
 
+HERE = ("reference",) if native.cpu().missing else ("reference", "cpu")
 LAYOUTS = ("contiguous", "tokens first", "one head for all", "every other channel", "packed")
 
 
@@ -51,9 +52,10 @@ def cases(sampled):
     }
 
 
+@pytest.mark.parametrize("name", HERE)
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(cases())
-def test_any_call_equals_the_definition(case):
+@given(case=cases())
+def test_any_call_equals_the_definition(name, case):
     drawn = [x for part in draw(*case["shape"], dtype=case["dtype"]) for x in part]
     drawn = [laid_out(x, layout) for x, layout in zip(drawn, case["layouts"])]
     wide = [x.double() for x in drawn]
@@ -67,11 +69,11 @@ def test_any_call_equals_the_definition(case):
     # sums of at most 88 products and 63 weights; roundings of the result and of what makes it, scores up to thirty
     bound = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}[case["dtype"]]
     apart = [x.contiguous() if layout == LAYOUTS[2] else x for x, layout in zip(drawn, case["layouts"])]
-    for found in (
-        attention_jvp(*drawn, **options),
+    with backends.asking(name):
+        direct = attention_jvp(*drawn, **options)
         # torch.func.jvp itself takes no expanded tensors
-        jvp(lambda *primals: attention(*primals, **options), tuple(apart[:3]), tuple(apart[3:])),
-    ):
+        through = jvp(lambda *primals: attention(*primals, **options), tuple(apart[:3]), tuple(apart[3:]))
+    for found in (direct, through):
         for ours, exact in zip(found, expected):
             assert ours.dtype == case["dtype"] and ours.shape == exact.shape
             assert ((ours.double() - exact).abs() <= bound * (1 + exact.abs().max())).all()
@@ -85,7 +87,7 @@ def test_causal_counts_keys_from_the_first_as_torch_does(rows, keys):
 
 
 @pytest.mark.parametrize("keys", (500, 1009, 8191))
-def test_long_and_prime_lengths(keys):
+def test_long_and_prime_lengths(keys, attention_backend):
     primals, tangents = draw(1, 1, 1, 67, keys, 40)
     for found, exact in zip(attention_jvp(*primals, *tangents), jvp(plain, primals, tangents)):
         torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-12)  # float64, sums in another order
@@ -180,7 +182,7 @@ def test_saved_tensor_hooks_of_any_kind_are_left_alone():
     assert kept and q.grad is not None
 
 
-def test_heads_further_apart_than_two_to_the_31_elements():
+def test_heads_further_apart_than_two_to_the_31_elements(attention_backend):
     """In memory that is never touched between them."""
     apart = torch.empty(2**31 + 4096, dtype=torch.bfloat16)
     far = apart.as_strided((1, 2, 9, 24), (2**31 + 3000, 2**31 + 512, 24, 1))
