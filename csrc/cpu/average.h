@@ -2,7 +2,7 @@
 #pragma once
 #include "element.h"
 #include "multi_tensor.h"
-#include "philox.h"
+#include "philox_lanes.h"
 
 namespace {
 
@@ -30,22 +30,32 @@ void approach(T *average, const T *parameter, T weight, int64_t count) {
 }
 
 /* Sixteen random bits an element: element 8 g + j takes word j % 4 of block g, its low half for j < 4, else its high half. */
-inline void round_stochastically(const float *from, uint16_t *to, const AverageShare &average, uint64_t element, int64_t count) {
-    uint32_t words[4][TILE / 8], random[TILE];
-    const uint64_t first = element / 8, seed = average.seed;
-    const uint32_t update = average.update, purpose = 1 + average.profile;
-    const int groups = (int)((count + 7) / 8);
-#pragma omp simd
-    for (int g = 0; g < groups; ++g) {
-        const PhiloxWords drawn = philox(first + (uint64_t)g, update, seed, purpose);
-        words[0][g] = drawn.w[0], words[1][g] = drawn.w[1], words[2][g] = drawn.w[2], words[3][g] = drawn.w[3];
+inline void draw_halves(const AverageShare &average, uint64_t element, int64_t count, uint16_t *halves) {
+    constexpr uint64_t HALF = 0xFFFF;
+    static_assert(TILE / 8 % LANES == 0, "a tile is whole vectors of blocks");
+    Words evens, odds;
+    for (int64_t i = 0; i < LANES; ++i) evens[i] = (uint64_t)(i / 2 + i % 2 * LANES), odds[i] = evens[i] + LANES / 2;
+    for (int64_t g = 0; 8 * g < count; g += LANES) {
+        Words w[4];
+        philox(element / 8 + (uint64_t)g, average.update, average.seed, w, 1 + average.profile);
+        const Words low = (w[0] & HALF) | (w[1] & HALF) << 16 | (w[2] & HALF) << 32 | w[3] << 48; /* of elements 0 to 3 of each block */
+        const Words high = w[0] >> 16 | (w[1] >> 16) << 16 | (w[2] >> 16) << 32 | (w[3] >> 16) << 48;
+        const Words first = __builtin_shuffle(low, high, evens), second = __builtin_shuffle(low, high, odds);
+        memcpy(halves + 8 * g, &first, WIDTH), memcpy(halves + 8 * g + 4 * LANES, &second, WIDTH);
     }
-    for (int g = 0; g < groups; ++g)
-        for (int j = 0; j < 4; ++j) random[8 * g + j] = words[j][g] & 0xFFFF, random[8 * g + 4 + j] = words[j][g] >> 16;
+}
+
+/* The step of approach, then rounding up with the probability that makes it unbiased. */
+inline void follow_stochastically(const float *parameter, uint16_t *to, const AverageShare &average, uint64_t element, int64_t count) {
+    uint16_t halves[TILE];
+    draw_halves(average, element, count, halves);
+    const float weight = (float)average.weight, rest = 1.0f - weight;
+#pragma GCC ivdep
     for (int64_t i = 0; i < count; ++i) {
+        const float a = bfloat_to_float(to[i]), step = parameter[i] - a, moved = weight < 0.5f ? a + weight * step : parameter[i] - step * rest;
         uint32_t bits;
-        memcpy(&bits, &from[i], 4);
-        to[i] = (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000u ? 0x7FC0 : (bits + random[i]) >> 16);
+        memcpy(&bits, &moved, 4);
+        to[i] = (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000u ? 0x7FC0 : (bits + halves[i]) >> 16);
     }
 }
 
@@ -57,12 +67,14 @@ void follow(const T *parameter, int64_t start, int64_t count, const AverageShare
         approach((T *)place, parameter, (T)average.weight, count);
         return;
     }
+    if (sizeof(T) == 4 && average.stochastic && average.dtype == FEWSTEP_BFLOAT16) {
+        follow_stochastically((const float *)parameter, (uint16_t *)place, average, average.element + (uint64_t)start, count);
+        return;
+    }
     T part[TILE];
     load(place, average.dtype, part, count);
     approach(part, parameter, (T)average.weight, count);
-    if (sizeof(T) == 4 && average.stochastic && average.dtype == FEWSTEP_BFLOAT16)
-        round_stochastically((const float *)part, (uint16_t *)place, average, average.element + (uint64_t)start, count);
-    else store(part, place, average.dtype, count);
+    store(part, place, average.dtype, count);
 }
 
 /* The same from element `start` on, from a parameter of any dtype. */

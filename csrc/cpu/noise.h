@@ -2,54 +2,16 @@
  * ones in their place (integers of 32 bits become doubles through the mantissa, +-1 times x is a flip of its sign), so the bits are the same. */
 #pragma once
 #include "chunk.h"
-#include "element.h"
-#include <stdint.h>
+#include "philox_lanes.h"
 #include <string.h>
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
-typedef uint64_t Words __attribute__((vector_size(WIDTH))); /* 32-bit words in 64-bit lanes */
 typedef double Doubles __attribute__((vector_size(WIDTH)));
-constexpr int64_t LANES = WIDTH / 8;
 static_assert(CHUNK / 4 % LANES == 0, "a chunk is whole vectors of groups");
 
 inline Doubles as_doubles(Words x) { return (Doubles)x; } /* the bits */
 inline Words as_words(Doubles x) { return (Words)x; }
-
-/* The product of the lanes' low halves. */
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" /* GCC 12 says it of its own intrinsic */
-inline Words product(Words a, uint32_t b) {
-    const Words other = (Words{} + b);
-#if defined(__AVX512F__)
-    return (Words)_mm512_mul_epu32((__m512i)a, (__m512i)other);
-#elif defined(__AVX2__)
-    return (Words)_mm256_mul_epu32((__m256i)a, (__m256i)other);
-#elif defined(__SSE2__)
-    return (Words)_mm_mul_epu32((__m128i)a, (__m128i)other);
-#else
-    return (a & 0xFFFFFFFFull) * other;
-#endif
-}
-#pragma GCC diagnostic pop
-
-/* The four words of groups group, group + 1, ... */
-inline void philox(uint64_t group, uint32_t stream, uint64_t seed, Words words[4]) {
-    Words c0, c1, c2 = Words{} + stream, c3 = Words{};
-    for (int64_t i = 0; i < LANES; ++i) c0[i] = group + (uint64_t)i;
-    c1 = c0 >> 32;
-    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-        const Words p0 = product(c0, 0xD2511F53u), p1 = product(c2, 0xCD9E8D57u); /* what lies above a word is never read */
-        c0 = (p1 >> 32) ^ c1 ^ (Words{} + k0), c2 = (p0 >> 32) ^ c3 ^ (Words{} + k1), c1 = p1, c3 = p0;
-        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-    }
-    words[0] = c0 & 0xFFFFFFFFull, words[1] = c1 & 0xFFFFFFFFull, words[2] = c2 & 0xFFFFFFFFull, words[3] = c3 & 0xFFFFFFFFull;
-}
 
 /* word - offset, exactly, for words below 2^32. */
 inline Doubles number(Words word, double offset) { return as_doubles(word | 0x4330000000000000ull) - (0x1p52 + offset); }
