@@ -107,6 +107,13 @@ _raw_out = registration.define(
 )
 
 
+def _taken(table: Tensor, places: Sequence[int], dim: int) -> Tensor:
+    """Rows (dim -2) or columns (-1) of a table; a list as an index would be copied to the device, and waited for."""
+    if len(places) == table.shape[dim]:
+        return table
+    return torch.stack([table.select(dim, place) for place in places], dim)
+
+
 class _Differentiable(torch.autograd.Function):
     """Bilinear: the inputs' gradient is a lincomb, the coefficients' all inner products, the tangent one lincomb."""
 
@@ -136,10 +143,10 @@ class _Differentiable(torch.autograd.Function):
         if not rows:
             return tuple(result)
         given = [gradients[m] for m in rows]
-        live = coefficients if len(rows) == len(gradients) else coefficients[..., rows, :]  # [(B,) M', K]
+        live = _taken(coefficients, rows, -2)  # [(B,) M', K]
         wanted = [k for k in range(len(inputs)) if ctx.needs_input_grad[4 + k]]
         if wanted:
-            columns = live[..., wanted] if len(wanted) < live.shape[-1] else live
+            columns = _taken(live, wanted, -1)
             found = lincomb(given, columns.transpose(-1, -2), dtypes=[inputs[k].dtype for k in wanted])
             for k, gradient in zip(wanted, found):
                 result[4 + k] = gradient
@@ -150,9 +157,9 @@ class _Differentiable(torch.autograd.Function):
             gradient = inner_products(given, right)  # [B, M', K]
             gradient = (gradient if coefficients.ndim == 3 else gradient.sum(0)).to(coefficients.dtype)
             if len(rows) < len(gradients):
-                gradient = torch.zeros_like(coefficients).index_copy(
-                    -2, torch.tensor(rows, device=live.device), gradient
-                )
+                given_rows = dict(zip(rows, gradient.unbind(-2)))
+                nothing = torch.zeros_like(coefficients.select(-2, 0))
+                gradient = torch.stack([given_rows.get(m, nothing) for m in range(len(gradients))], -2)
             result[0] = gradient
         return tuple(result)
 
@@ -161,7 +168,7 @@ class _Differentiable(torch.autograd.Function):
         coefficients, inputs, seeds = _Differentiable._saved(ctx)
         moving = [k for k, tangent in enumerate(tangents) if tangent is not None]
         terms = [tangents[k] for k in moving]
-        table = coefficients[..., moving]
+        table = _taken(coefficients, moving, -1) if moving else coefficients[..., :0]
         if coefficients_tangent is not None:
             terms += inputs
             table = torch.cat([table, coefficients_tangent], -1)
