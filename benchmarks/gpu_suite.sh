@@ -5,12 +5,14 @@
 #   benchmarks/gpu_suite.sh test [pytest arguments]
 #   benchmarks/gpu_suite.sh sync               the host waits for nothing
 #   benchmarks/gpu_suite.sh graph              CUDA graphs: whole sampler runs, operators, an optimiser step
-#   benchmarks/gpu_suite.sh bench [operator ...]
-#   benchmarks/gpu_suite.sh all                build, test, sync, graph, bench
+#   benchmarks/gpu_suite.sh bench [operator ...]   a few at a time, where a call has a limit: each compiles its rivals
+#   benchmarks/gpu_suite.sh all                build, test, sync, graph, bench; what fails is named at the end
 #
 # --dry-run before the stage tries it on the CPU, small: for errors, not for numbers. PYTHON (python3, or .venv's) runs
-# it from the sources, installed or not; results go to OUT (benchmarks/results; build/dry_run in a dry run). Where nothing
-# can be downloaded, WHEELS names a folder of wheels to use (pip download --no-deps -d FOLDER jvp_flash_attention).
+# it from the sources, installed or not; results go to OUT (benchmarks/results; build/dry_run in a dry run), and all in
+# one archive to PACK where that names a .tar.gz. Where nothing can be downloaded, WHEELS names a folder of wheels to
+# use: sync and graph run the samplers and need pydantic, pydantic_core, annotated-types and typing-inspection; a rival
+# of attention_jvp is jvp_flash_attention (pip download --no-deps -d FOLDER NAME ...).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -67,22 +69,36 @@ tests() {
     fi
 }
 
+needs_pydantic() {
+    "$PYTHON" -c "import pydantic" 2>/dev/null ||
+        { echo "gpu_suite.sh: $stage runs the samplers, which need pydantic; install it, or see WHEELS above." >&2; exit 1; }
+}
+
+pack() {
+    [ -z "${PACK:-}" ] || (cd "$OUT" && tar czf - -- *_gpu.*) >"$PACK"
+}
+
 case "$stage" in
 build) build ;;
 test) tests "$@" ;;
-sync) "$PYTHON" benchmarks/gpu/sync.py --device "$device" ;;
-graph) "$PYTHON" benchmarks/gpu/graph.py --device "$device" ;;
-bench) "$PYTHON" benchmarks/gpu/bench.py "$@" --device "$device" --out "$OUT" "${extra[@]}" ;;
+sync) needs_pydantic && "$PYTHON" benchmarks/gpu/sync.py --device "$device" ;;
+graph) needs_pydantic && "$PYTHON" benchmarks/gpu/graph.py --device "$device" ;;
+bench)
+    trap pack EXIT # what there is of it, also where an operator fails
+    "$PYTHON" benchmarks/gpu/bench.py "$@" --device "$device" --out "$OUT" "${extra[@]}"
+    ;;
 all)
     again=()
     [ "$device" = cpu ] && again=(--dry-run)
+    failed=()
     for part in build test sync graph bench; do
         echo "== $part"
-        benchmarks/gpu_suite.sh "${again[@]}" "$part"
+        benchmarks/gpu_suite.sh "${again[@]}" "$part" || failed+=("$part")
     done
+    [ ${#failed[@]} -eq 0 ] || { echo "gpu_suite.sh: failed: ${failed[*]}" >&2; exit 1; }
     ;;
 *)
-    sed -n '2,14s/^# \{0,1\}//p' "$0"
+    sed -n '2,17s/^# \{0,1\}//p' "$0"
     [ "$stage" = help ] || { echo "gpu_suite.sh: unknown stage '$stage'; choose build, test, sync, graph, bench or all." >&2; exit 2; }
     ;;
 esac

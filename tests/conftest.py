@@ -1,8 +1,12 @@
-"""Artefacts with random weights, small enough to run everywhere."""
+"""Artefacts with random weights, small enough to run everywhere.
+
+What makes them is imported when one is asked for: the kernels' tests need torch alone.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fewstep import host
 
@@ -11,11 +15,8 @@ host.prepare()  # before torch starts its threads
 import pytest
 import torch
 
-from fewstep import artefact, nets, solvers
-from fewstep.diffusion import schedules
-from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.prediction import Prediction
-from fewstep.export.onnx import export_onnx
+if TYPE_CHECKING:
+    from fewstep.diffusion.denoiser import Denoiser
 
 SHAPE = (1, 8, 8)
 CLASSES = 10
@@ -23,6 +24,11 @@ CLASSES = 10
 
 def tiny_denoiser(boundary: float | None = None) -> Denoiser:
     """A class-conditional EDM denoiser whose weights are all random (a fresh net's last layer is zero)."""
+    from fewstep import nets
+    from fewstep.diffusion import schedules
+    from fewstep.diffusion.denoiser import Denoiser
+    from fewstep.diffusion.prediction import Prediction
+
     net = nets.build(
         {"name": "dit", "channels": 1, "image_size": 8, "width": 32, "depth": 1, "heads": 2, "classes": CLASSES}
     )
@@ -42,6 +48,8 @@ def same_numbers_every_run() -> None:
 @pytest.fixture(scope="session")
 def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A multistep consistency student for 1, 2 and 4 steps."""
+    from fewstep import artefact, solvers
+
     denoiser = tiny_denoiser(boundary=0.002)
     plans = {
         steps: solvers.plan("consistency", denoiser.schedule, steps, prediction=denoiser.prediction)
@@ -60,6 +68,8 @@ def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher that records Euler at 8 steps."""
+    from fewstep import artefact, solvers
+
     denoiser = tiny_denoiser()
     plan = solvers.plan("euler", denoiser.schedule, 8, prediction=denoiser.prediction)
     return artefact.save(
@@ -76,4 +86,6 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def graph(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The student at 4 steps, three of them stochastic, as ONNX."""
+    from fewstep.export.onnx import export_onnx
+
     return export_onnx(student_folder, tmp_path_factory.mktemp("onnx") / "student.onnx", steps=4)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from case import Call, Case, by, ways
+from case import By, Call, Case, ways
 from streaming import streams
 from torch import Tensor
 
@@ -71,7 +71,7 @@ def ema(device: str, small: bool) -> Iterator[Case]:
                 for x, p in zip(profile, parameters)
             ]
 
-        candidates: dict[str, Call] = {f"ema_update ({way})": by(way, ours) for way in ways("ema_update", device)}
+        candidates: dict[str, Call] = {f"ema_update ({way})": By(way, ours) for way in ways("ema_update", device)}
         candidates["torch._foreach_lerp_"] = foreach
         if EMAModel is not None and dtype == torch.float32 and len(decays) == 1:
             model = EMAModel(parameters, decay=0.999, min_decay=0.999, foreach=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from case import Case, by, ways
+from case import By, Case, ways
 from streaming import streams
 from torch import Tensor
 
@@ -49,7 +49,7 @@ def lincomb(device: str, small: bool) -> Iterator[Case]:
             mixed = x.numel() * (8 + 2 * both.element_size()), x.numel() * (8 + both.element_size())
             yield Case(
                 f"guided step, {size}, network in {str(dtype).removeprefix('torch.')}",
-                {f"lincomb ({way})": by(way, ours) for way in ways("lincomb", device)}
+                {f"lincomb ({way})": By(way, ours) for way in ways("lincomb", device)}
                 | {
                     "eager torch": lambda x=x, both=both, p=previous, f=eager: f(x, both, p),
                     "torch.compile": lambda x=x, both=both, p=previous, f=compiled: f(x, both, p),
@@ -85,7 +85,7 @@ def noising(device: str, small: bool) -> Iterator[Case]:
         bytes_each = x.numel() * 4
         yield Case(
             f"noising with drawn noise, {size}",
-            {f"lincomb ({way})": by(way, ours) for way in ways("lincomb", device)}
+            {f"lincomb ({way})": By(way, ours) for way in ways("lincomb", device)}
             | {"normal, then eager torch": eager},
             truth,
             streams(1, 1, x.numel(), torch.float32, device),
@@ -110,7 +110,7 @@ def gram(device: str, small: bool) -> Iterator[Case]:
             moved = count * inputs[0].numel() * 4
             yield Case(
                 f"gram of {count}, {size}",
-                {f"gram ({way})": by(way, lambda inputs=inputs: list(fk.gram(inputs))) for way in ways("gram", device)}
+                {f"gram ({way})": By(way, lambda inputs=inputs: list(fk.gram(inputs))) for way in ways("gram", device)}
                 | {
                     "eager torch": lambda inputs=inputs, f=eager: f(*inputs),
                     "torch.compile": lambda inputs=inputs, f=compiled: f(*inputs),
@@ -146,7 +146,7 @@ def distance(device: str, small: bool) -> Iterator[Case]:
         compiled = torch.compile(eager, fullgraph=True, **({"backend": "eager"} if small else {}))
         functions = {f"pseudo_huber_elementwise ({way})": (way, ours) for way in ways("distance", device)}
         candidates = {
-            name: by(way, lambda f=f, a=a, b=b: _with_gradients(f, a, b)) for name, (way, f) in functions.items()
+            name: By(way, lambda f=f, a=a, b=b: _with_gradients(f, a, b)) for name, (way, f) in functions.items()
         }
         candidates["eager torch"] = lambda a=a, b=b, f=eager: _with_gradients(f, a, b)
         candidates["torch.compile"] = lambda a=a, b=b, f=compiled: _with_gradients(f, a, b)
@@ -177,7 +177,7 @@ def threshold(device: str, small: bool) -> Iterator[Case]:
         each = x.numel() * 4
         yield Case(
             f"dynamic thresholding at 0.995, {size}",
-            {f"threshold ({way})": by(way, lambda x=x: fk.threshold(x, 0.995)) for way in ways("threshold", device)}
+            {f"threshold ({way})": By(way, lambda x=x: fk.threshold(x, 0.995)) for way in ways("threshold", device)}
             | {"eager torch (torch.quantile)": lambda x=x, f=eager: f(x)},
             lambda x=x, f=eager: [f(x.double())],
             streams(3, 1, x.numel(), torch.float32, device),

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator
 
 import torch
-from case import Case, by, ways
+from case import By, Case, ways
 from streaming import streams
 from timing import timed
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fewstep_kernels as fk
+from fewstep_kernels import backends
 
 WIDTHS = (40, 64, 72, 80, 96, 128, 160, 256)
 
@@ -32,7 +33,7 @@ def _normalisation(operator, title, ours, eager, tensors, backward, device, smal
     gradient = torch.randn_like(x) if backward else None
     compiled = torch.compile(eager, **({"backend": "eager"} if small else {}))
     candidates = {
-        f"{operator} ({way})": by(way, lambda: _with_gradients(ours, tensors, gradient))
+        f"{operator} ({way})": By(way, lambda: _with_gradients(ours, tensors, gradient))
         for way in ways(operator, device)
     }
     candidates["eager torch"] = lambda: _with_gradients(eager, tensors, gradient)
@@ -135,7 +136,7 @@ def attention_jvp(device: str, small: bool) -> Iterator[Case]:
         primals, tangents = drawn[:3], drawn[3:]
         both = tuple(primals), tuple(tangents)
         candidates = {
-            f"attention_jvp ({way})": by(way, lambda drawn=drawn: fk.attention_jvp(*drawn))
+            f"attention_jvp ({way})": By(way, lambda drawn=drawn: fk.attention_jvp(*drawn))
             for way in ways("attention_jvp", device)
         }
         candidates["func.jvp of attention"] = lambda both=both: jvp(fk.attention, *both)
@@ -188,6 +189,7 @@ def peak_memory(call: Callable[[], object], inputs_and_outputs: int) -> float:
     return (torch.cuda.max_memory_allocated() - before + 6 * inputs_and_outputs // 8) / inputs_and_outputs
 
 
-def host_microseconds(call: Callable[[], object], rounds: int = 30) -> float:
-    """The host's part of one launch: the clock around calls that wait for nothing."""
-    return 1e6 * statistics.median(timed({"call": call}, "cpu", rounds, 2e-4)["call"])
+def host_microseconds(ours: By, rounds: int = 30) -> float:
+    """The host's part of one launch, in inference mode: the clock around calls that wait for nothing."""
+    with torch.inference_mode(), backends.asking(ours.way):
+        return 1e6 * statistics.median(timed({"call": ours.call}, "cpu", rounds, 2e-4)["call"])

@@ -7,6 +7,7 @@ Each program has static inputs (which a graph's user refills between replays), s
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -176,9 +177,9 @@ def optimiser(device: str) -> Program:
     return Program(call, [p.grad for p in parameters if p.grad is not None], state)
 
 
-def programs(device: str) -> Iterator[tuple[str, Program]]:
-    """(name, program), made one at a time."""
+def programs(device: str) -> Iterator[tuple[str, Callable[[], Program]]]:
+    """(name, what makes the program)."""
     for name, guidance in SAMPLERS:
-        yield f"sampler: {name}{', guided' if guidance else ''}", sampler(name, guidance, device)
+        yield f"sampler: {name}{', guided' if guidance else ''}", functools.partial(sampler, name, guidance, device)
     for make in (maps, compositions, distances, normalisations, attention, averages, optimiser):
-        yield make.__name__, make(device)
+        yield make.__name__, functools.partial(make, device)

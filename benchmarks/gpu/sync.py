@@ -52,8 +52,11 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     device = parser.parse_args().device
     waiting = 0
-    for name, program in programs(device):
-        found = waits(program, device)
+    for name, make in programs(device):
+        try:
+            found = waits(make(), device)
+        except Exception as problem:  # whatever it is, the other programs run too
+            found = [f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"]
         waiting += bool(found)
         print(f"{name:28} {'waits: ' + ', '.join(sorted(set(found))) if found else 'no wait'}", flush=True)
     return 1 if waiting else 0

@@ -19,9 +19,10 @@ MARKS = [
 FAST = ("triton", "cuda") if DEVICE == "cuda" else ("cpu", *(["triton"] if backends.interpreting() else []))
 
 
-def every(*operators: str):
-    """Parametrises a test over (operator, backend), the reference on the device among them."""
-    pairs = [(name, way) for name in operators for way in ("reference", *FAST) if way in _ways(name)]
+def every(*operators: str, reference: bool = True):
+    """Parametrises a test over (operator, backend), the reference on the device among them unless it is left out."""
+    ways = ("reference", *FAST) if reference else FAST
+    pairs = [(name, way) for name in operators for way in ways if way in _ways(name)]
     return pytest.mark.parametrize(("operator", "way"), pairs, ids=[f"{name}-{way}" for name, way in pairs])
 
 

@@ -194,3 +194,15 @@ def test_the_recipe_makes_an_artefact_that_samples(tmp_path, capsys):
 def test_a_network_without_a_last_layer_to_read_is_one_sentence():
     with pytest.raises(UserError, match="DiT does not give it"):
         Genie({"name": "dit", "channels": 1, "image_size": 8, "width": 32, "depth": 1, "heads": 2})
+
+
+@pytest.mark.parametrize("config", [{"name": "unet", "widths": [8, 16], "classes": 10}, {"name": "mlp", "dim": 64}])
+def test_it_exports_for_any_batch(config):
+    net = Genie(config, width=16).eval()
+    with torch.no_grad():
+        torch.nn.init.normal_(net.last.weight)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    given = (torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([1, 2, 3]))
+    program = torch.export.export(net, given, dynamic_shapes=({0: batch}, {0: batch}, {0: batch}))
+    other = (torch.randn(5, 1, 8, 8), torch.rand(5), torch.arange(5))
+    torch.testing.assert_close(program.module()(*other), net(*other))

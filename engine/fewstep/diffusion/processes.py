@@ -16,6 +16,7 @@ import functools
 import math
 from typing import ClassVar
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -132,11 +133,9 @@ class Blurring(Process):
 
 @functools.cache
 def _gauss(count: int) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre's points and weights on [0, 1], by the eigenvalues of Legendre's recurrence."""
-    index = torch.arange(1, count, dtype=torch.float64)
-    beside = index / torch.sqrt(4.0 * index * index - 1.0)
-    points, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
-    return 0.5 * (points + 1.0), vectors[0].square()
+    """Gauss-Legendre's points and weights on [0, 1]."""
+    points, parts = map(torch.from_numpy, numpy.polynomial.legendre.leggauss(count))
+    return 0.5 * (points + 1.0), 0.5 * parts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Genie(nn.Module):
         for block in self.blocks:
             h = block(h, embedding)
         parts = self.last(functional.silu(self.norm(h)))
-        return torch.cat([answer, parts.reshape(len(x), 3 * x.shape[1], *x.shape[2:])], 1)
+        return torch.cat([answer, parts.reshape(-1, 3 * x.shape[1], *x.shape[2:])], 1)
 
     def null(self, cond: Any) -> Any:
         """The base's."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,6 @@ from fewstep.solvers.registry import register
 COORDINATES = ("t", "rho", "log_rho")
 THIRDS = ("exact", "misplaced_parenthesis")
 FOURTHS = ("exact", "unbalanced")
-_points = functools.cache(moments.gauss_legendre)
 
 
 @register("deis", "order 1 to 4 (default 3), one evaluation a step; 2204.13902")
@@ -124,7 +122,7 @@ def _moments_in_time(schedule: Schedule, t: float, s: float, count: int) -> list
     found = [rho_to - rho] + [0.0] * (count - 1)
     if count > 1:
         low, high = math.asinh(rho), math.asinh(rho_to)
-        for x, part in zip(*_points(40)):
+        for x, part in zip(*moments.gauss_legendre(40)):
             place = 0.5 * (low + high + (high - low) * x)
             u = (float(schedule.time_of_ratio(math.sinh(place))) - t) / (s - t)
             for k in range(1, count):

@@ -9,7 +9,6 @@ the host; a step is a network call and a few products. As they mix parts, or are
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +23,6 @@ from fewstep.solvers import moments
 
 ORDERS = (1, 2, 3)
 PREDICTIONS = ("eps", "score")
-_points = functools.cache(moments.gauss_legendre)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +119,7 @@ def _weights(process: Process, nodes: Sequence[float], s: float) -> list[Tensor]
     end = process.root(s)
     powers = [end - carried(t), *(end for _ in nodes[1:])]
     if len(nodes) > 1:
-        for point, part in zip(*_points(16)):
+        for point, part in zip(*moments.gauss_legendre(16)):
             left = 0.5 * (1.0 + point)
             gone = 1.0 - left * left
             here = carried(t + (s - t) * gone)

@@ -8,8 +8,11 @@ rise (2309.05019, proposition 4.2).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+
+import numpy
 
 
 def decaying(h: float, count: int) -> list[float]:
@@ -63,20 +66,8 @@ def weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
     return [math.fsum(c * m for c, m in zip(polynomial, moments)) for polynomial in basis(nodes)]
 
 
-def gauss_legendre(count: int) -> tuple[list[float], list[float]]:
-    """Points in [-1, 1] and weights, by Newton's method on the Legendre polynomial."""
-    points, parts = [], []
-    for i in range(count):
-        x = math.cos(math.pi * (i + 0.75) / (count + 0.5))
-        for _ in range(100):
-            before, value = 1.0, x
-            for k in range(2, count + 1):
-                before, value = value, ((2 * k - 1) * x * value - (k - 1) * before) / k
-            slope = count * (x * value - before) / (x * x - 1.0)
-            step = value / slope
-            x -= step
-            if abs(step) < 1e-15:
-                break
-        points.append(x)
-        parts.append(2.0 / ((1.0 - x * x) * slope * slope))
-    return points, parts
+@functools.cache
+def gauss_legendre(count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Points in [-1, 1] and weights."""
+    points, parts = numpy.polynomial.legendre.leggauss(count)
+    return tuple(points.tolist()), tuple(parts.tolist())
