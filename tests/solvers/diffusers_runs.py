@@ -21,6 +21,7 @@ from fewstep.diffusion import schedules
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install diffusers==0.42.1")
 
 SIZE, GUIDANCE = 16, 4.0
+STEPS = (1, 2, 3, 5, 10, 20, 50)
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction", "flow": "flow_prediction"}
 

@@ -44,6 +44,7 @@ PAIRS = [
         ("sa", "log_snr", {"predictor": 2, "corrector": 1, "strength": 0.0}),
         ("sa", "log_snr", {"predictor": 2, "corrector": 2, "strength": 0.0}),
     ),
+    (("plms", "log_snr", {"mixed": "output"}), ("plms", "log_snr", {})),
     (("ipndm", "jagged", {}), ("ipndm_v", "jagged", {})),
     (
         ("ipndm_v", "jagged", {"order": 3, "third": "misplaced_parenthesis"}),

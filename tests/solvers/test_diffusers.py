@@ -1,7 +1,7 @@
 """Every sampler of diffusers 0.42.1, quirks included, is one of our plans: same final state on a random network.
 
 Levels are taken from the scheduler, so that these tests are about solvers; test_diffusers_grids.py compares the grids,
-test_diffusers_matrix.py every grid, prediction type and number of steps.
+test_diffusers_matrix.py and test_diffusers_levels.py every grid, prediction type and number of steps.
 """
 
 from __future__ import annotations
@@ -209,8 +209,7 @@ CASES = [
         for p, c in ((1, 1), (2, 1), (2, 2), (3, 3), (3, 4))
         for tau, kind in ((0.0, "eps"), (1.0, "eps"), (0.5, "v"))
     ),
-    # EDM's own
-    Case("EDMEulerScheduler", "euler", kind="edm"),
+    # EDM's own; test_diffusers_levels.py has the rest
     Case(
         "EDMEulerScheduler",
         "euler",
@@ -219,22 +218,6 @@ CASES = [
         "edm",
         keywords={"s_churn": 4.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003},
     ),
-    Case("EDMDPMSolverMultistepScheduler", "dpmpp_2m", {"solver_order": 2}, {"lower_order_final": True}, "edm"),
-    Case("EDMDPMSolverMultistepScheduler", "dpmpp_3m", {"solver_order": 3}, {"lower_order_final": True, **HALF}, "edm"),
-    Case(
-        "EDMDPMSolverMultistepScheduler",
-        "dpmpp_2m_sde",
-        {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"},
-        {"lower_order_final": True},
-        "edm",
-    ),
-    # flow matching
-    *(
-        Case("FlowMatchEulerDiscreteScheduler", solver, {"shift": shift, **made}, kind="flow")
-        for shift in (1.0, 3.0)
-        for solver, made in (("euler", {}), ("consistency", {"stochastic_sampling": True}))
-    ),
-    *(Case("FlowMatchHeunDiscreteScheduler", "heun", {"shift": shift}, kind="flow") for shift in (1.0, 3.0)),
 ]
 
 

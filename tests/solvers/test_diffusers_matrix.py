@@ -85,6 +85,19 @@ ROWS = [
     Row("HeunDiscreteScheduler", "heun", 2, kinds=("eps", "v"), grids=SIX, cut={}, exploding=True),
     # its Karras times are rounded at the nodes and not between them: no option here
     Row("KDPM2DiscreteScheduler", "dpm2", 2, kinds=("eps", "v"), grids=SIX, cut={}, exploding=True, told_within=0.5),
+    # its sigma_down^2 = sigma'^2 - sigma_up^2 cancels in float32
+    Row(
+        "KDPM2AncestralDiscreteScheduler",
+        "dpm2",
+        2,
+        options={"eta": 1.0},
+        kinds=("eps", "v"),
+        grids=SIX,
+        cut={},
+        exploding=True,
+        tolerance=2e-4,
+        told_within=0.5,
+    ),
     Row(
         "LMSDiscreteScheduler",
         "deis",

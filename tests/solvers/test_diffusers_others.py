@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.solvers.diffusers_runs import (
     NAMES,
     SD,
     START,
+    STEPS,
     Net,
     apart,
     compare,
@@ -34,7 +36,7 @@ SHELF = Path(__file__).parent
 @pytest.mark.parametrize("kind", ["eps", "x0", "v"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_ddims_inversion_rises_and_tells_the_level_it_goes_to(kind, spacing, monkeypatch):
-    for steps in (2, 5, 10, 50):
+    for steps in STEPS:
         scheduler = tabled(
             "DDIMInverseScheduler",
             prediction_type=NAMES[kind],
@@ -43,52 +45,66 @@ def test_ddims_inversion_rises_and_tells_the_level_it_goes_to(kind, spacing, mon
             timestep_spacing=spacing,
             steps_offset=1,
         )
+        if spacing == "trailing" and 1000 % steps:
+            continue  # it takes t - 1000 // N for the level it comes from, which is then not the time before
         scheduler.initial_alpha_cumprod = scheduler.alphas_cumprod[0]
         scheduler.set_timesteps(steps)
         levels = [0.0, *(float(t) for t in scheduler.timesteps)]
         compare(planned("ddim", steps, levels, kind, told="target"), scheduler, monkeypatch)
 
 
-@pytest.mark.parametrize(("order", "solver", "options"), [
-    (1, "dpmpp_2m", {"order": 1}),
-    (2, "dpmpp_2m", {}),
-    (3, "dpmpp_3m", {"curvature": "half_weight"}),
-])  # fmt: skip
-def test_multistep_inversion(order, solver, options, monkeypatch):
-    for steps in (1, 2, 3, 10, 24):
-        scheduler = diffusers.DPMSolverMultistepInverseScheduler(**SD, solver_order=order)
+@pytest.mark.parametrize("kind", ["eps", "x0", "v", "flow"])
+@pytest.mark.parametrize("grid", ["linspace", "leading", "trailing", "karras", "exponential", "beta", "flow"])
+def test_multistep_inversion(grid, kind, monkeypatch):
+    """On flow's levels it falls, as the sampler itself; laid in sigma its last level stands there twice."""
+    if (grid == "flow") != (kind == "flow"):
+        return
+    schedule = schedules.get("flow" if grid == "flow" else "sd")
+    laid = {"timestep_spacing": grid} if grid in ("linspace", "leading", "trailing") else {f"use_{grid}_sigmas": True}
+    for number, steps in enumerate(STEPS):
+        order = 1 + number % 3 if steps < 15 else 2  # from 15 steps the third order's last is not a number
+        made = {**SD, **laid, "solver_order": order, "prediction_type": NAMES[kind]}
+        scheduler = diffusers.DPMSolverMultistepInverseScheduler(**made)
         scheduler.set_timesteps(steps)
         scheduler.sigmas = scheduler.sigmas.double()
-        levels = times_of(schedules.get("sd"), scheduler.sigmas)
-        plan = planned(solver, steps, levels, "eps", lower_order_final=True, **options)
-        assert apart(ours(plan)[0], theirs(scheduler, START, monkeypatch)[0]) < (5e-5 if order == 3 else 1e-5)
+        if grid != "flow":
+            scheduler.sigmas.clamp_(schedule.ratio(0.0), schedule.ratio(999.0))
+        levels = times_of(schedule, scheduler.sigmas)
+        if len(levels) == 1:
+            continue
+        nowhere = len(levels) == steps
+        solver = "dpmpp_3m" if order == 3 else "dpmpp_2m"
+        options: dict[str, Any] = {"curvature": "half_weight"} if order == 3 else {"order": 1} if order == 1 else {}
+        plan = solvers.plan(
+            solver,
+            schedule,
+            len(levels) - 1,
+            grid=levels,
+            prediction=kind,
+            guidance=GUIDANCE,
+            initial_scale=1.0,
+            lower_order_final=2 if nowhere else True,
+            **options,
+        )
+        scheduler._step_index = 0  # of two equal times, which 20 exponential ones begin with, it starts at the second
+        expected, _ = theirs(scheduler, START, monkeypatch)
+        assert apart(ours(plan)[0], expected) < (5e-5 if order == 3 else 1e-5), steps
 
 
 def test_the_parallel_schedulers_take_the_same_steps(monkeypatch):
-    for steps in (1, 10):
-        scheduler = tabled("DDIMParallelScheduler", clip_sample=False, timestep_spacing="trailing")
-        scheduler.set_timesteps(steps)
-        compare(planned("ddim", steps, "trailing", "eps", eta=0.5), scheduler, monkeypatch, eta=0.5)
-        scheduler = tabled("DDPMParallelScheduler", clip_sample=False)
-        scheduler.set_timesteps(steps)
-        compare(planned("ddpm", steps, {"name": "leading", "offset": 0}, "eps"), scheduler, monkeypatch)
-
-
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize(
-    ("scheduler", "solver"), [("FlowMatchLCMScheduler", "consistency"), ("FlowMapEulerDiscreteScheduler", "euler")]
-)
-def test_few_steps_of_flow_models(scheduler, solver, shift, monkeypatch):
-    """A flow map's mean velocity moves x as a velocity would: the network alone is asked with both times."""
-    schedule, name = schedules.get("flow"), scheduler
-    for steps in (1, 2, 4, 8):
-        scheduler = getattr(diffusers, name)(shift=shift)
-        scheduler.set_timesteps(steps)
-        levels = times_of(schedule, scheduler.sigmas)
-        plan = solvers.plan(
-            solver, schedule, steps, grid=levels, prediction="flow", guidance=GUIDANCE, initial_scale=1.0
-        )
-        assert apart(ours(plan)[0], theirs(scheduler, START, monkeypatch)[0]) < 1e-5
+    for steps in STEPS:
+        for spacing in ("leading", "trailing"):
+            kind = ("eps", "x0", "v")[steps % 3]
+            made = {"prediction_type": NAMES[kind], "clip_sample": False, "timestep_spacing": spacing}
+            grid = {"name": "leading", "offset": 0} if spacing == "leading" else spacing
+            scheduler = tabled("DDIMParallelScheduler", **made)
+            scheduler.set_timesteps(steps)
+            stride = 1000 // steps
+            compare(planned("ddim", steps, grid, kind, eta=0.5, stride=stride), scheduler, monkeypatch, eta=0.5)
+            scheduler = tabled("DDPMParallelScheduler", **made)
+            scheduler.set_timesteps(steps)
+            final = spacing == "trailing"
+            compare(planned("ddpm", steps, grid, kind, final_noise=final), scheduler, monkeypatch, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["eps", "v"])
@@ -96,7 +112,7 @@ def test_few_steps_of_flow_models(scheduler, solver, shift, monkeypatch):
 def test_kdiffusions_dpmpp_sde(grid, kind, monkeypatch):
     """Two draws of one Brownian path a step, as our rows have them; the first goes to the even middle in lambda."""
     schedule = schedules.get("sd")
-    for steps in (1, 2, 3, 5, 10, 20, 50):
+    for steps in STEPS:
         laid = {"timestep_spacing": grid} if grid[0] in "lt" else {f"use_{grid}_sigmas": True}
         made = {**SD, **laid, "prediction_type": NAMES[kind]}
         scheduler = drawing_brownian("dpmsolver_sde", "DPMSolverSDEScheduler")(**made)
@@ -122,7 +138,7 @@ def test_karras_and_others_own_stochastic_heun(monkeypatch):
     from diffusers.schedulers.deprecated import KarrasVeScheduler
 
     schedule = schedules.get("edm", t_max=1e4, t_min=4e-4)
-    for steps in (2, 3, 5, 10, 20, 50):
+    for steps in STEPS[1:]:
         scheduler = KarrasVeScheduler()
         scheduler.set_timesteps(steps)
         scheduler.schedule = scheduler.schedule.double()
@@ -160,7 +176,7 @@ def test_karras_and_others_own_stochastic_heun(monkeypatch):
 def test_the_predictor_of_score_sde_is_ddpm_with_the_forward_noise(monkeypatch):
     """Down to sigma = 0 and noise on the last step too. (Its corrector: fewstep.solvers.langevin, by sample.)"""
     schedule = schedules.get("edm", t_max=1348.0, t_min=0.01)
-    for steps in (2, 3, 5, 10, 20, 50):
+    for steps in STEPS[1:]:
         scheduler = diffusers.ScoreSdeVeScheduler()
         scheduler.set_timesteps(steps)
         scheduler.set_sigmas(steps)
@@ -189,7 +205,7 @@ def test_the_predictor_of_score_sde_is_ddpm_with_the_forward_noise(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["eps", "x0"])
 def test_unclips_sampler_is_ddpm(kind, monkeypatch):
-    for steps in (2, 3, 5, 10, 20, 50):
+    for steps in STEPS[1:]:
         scheduler = tabled_unclip(NAMES[kind])
         scheduler.set_timesteps(steps)
         times = [*scheduler.timesteps.tolist(), -1]

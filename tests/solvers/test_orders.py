@@ -115,6 +115,7 @@ CASES = [
     ("ipndm", 2, "karras", {"order": 3}),
     ("ipndm", 1, "jagged", {}),
     ("plms", 2, COLD, {}),
+    ("plms", 1, COLD, {"mixed": "output"}),  # of a network that predicts v
     ("pndm", 2, COLD, {}),
     ("dpm2", 2, COLD, {}),
     ("sa", 1, COLD, {"predictor": 1, "corrector": 0, "strength": 0.0}),

@@ -8,9 +8,10 @@ smooth grid and 1 where neighbouring steps differ in size; deis and ipndm_v keep
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fewstep.diffusion import real
+from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import Schedule
 from fewstep.solvers import multistep, rows
 from fewstep.solvers.plans import Row
@@ -29,9 +30,9 @@ def _transfer(schedule: Schedule, t: float, s: float, mean: Mapping[str, float],
     return multistep.total((1.0, {state: keep}), (schedule.sigma(s) - keep * schedule.sigma(t), mean))
 
 
-def _adams(step: int, count: int) -> dict[str, float]:
+def _adams(step: int, count: int, current: str = "E") -> dict[str, float]:
     """The mean of this estimate and up to count - 1 before it, `step` being how many are kept."""
-    names = multistep.ring(step, 3, "E")[:count]
+    names = multistep.ring(step, 3, current)[:count]
     return dict(zip(names, ADAMS[len(names) - 1]))
 
 
@@ -46,38 +47,63 @@ def ipndm(schedule: Schedule, times: Sequence[float], *, order: int | None = Non
     return table
 
 
+MIXED = ("noise", "output")
+Mean = Callable[[float, Mapping[str, float], str], dict[str, float]]
+
+
+def _mixing(solver: str, schedule: Schedule, prediction: Prediction, mixed: str) -> tuple[str, Mean]:
+    """(what of an evaluation is kept, the mean of kept estimates as a noise estimate of `state` at time t)."""
+    multistep.chosen(solver, "mixed", mixed, MIXED)
+    if mixed == "noise":
+        return "E", lambda t, weights, state: dict(weights)
+
+    def mean(t: float, weights: Mapping[str, float], state: str) -> dict[str, float]:
+        of_state, of_output = (float(value) for value in prediction.noise_coefficients(schedule, t))
+        return multistep.total((1.0, {state: of_state}), (of_output, weights))
+
+    return "F", mean
+
+
 @register("plms", "order 2 on smooth grids, N + 1 evaluations for N steps; 2202.09778 as in Stable Diffusion")
-def plms(schedule: Schedule, times: Sequence[float]) -> list[Row]:
-    """The first step is a pseudo-Heun step (two evaluations), then Adams-Bashforth 2, 3, 4; one step alone is DDIM."""
+def plms(schedule: Schedule, times: Sequence[float], *, prediction: Prediction, mixed: str = "noise") -> list[Row]:
+    """The first step is a pseudo-Heun step (two evaluations), then Adams-Bashforth 2, 3, 4; one step alone is DDIM.
+
+    `mixed`: "noise" takes means of noise estimates, "output" of raw network outputs, which the present state then makes
+    a noise estimate (diffusers: the same for networks that predict eps, of order 1 for those that predict v or flow).
+    """
+    current, mean = _mixing("plms", schedule, prediction, mixed)
     table = []
     for step, (t, s) in enumerate(itertools.pairwise(times)):
-        update = _transfer(schedule, t, s, _adams(step, 4))
-        row = Row(t, s, {"x": update, **multistep.kept(step, 3, "E")}, step)
+        update = _transfer(schedule, t, s, mean(t, _adams(step, 4, current), "x"))
+        row = Row(t, s, {"x": update, **multistep.kept(step, 3, current)}, step)
         if step > 0 or len(times) == 2 or real.isinf(schedule.ratio(t)):
             table.append(row)
             continue
         table.append(Row(t, s, {**row.outputs, "base": {"x": 1.0}}, step))
-        table.append(Row(s, s, {"x": _transfer(schedule, t, s, {"E": 0.5, "d0": 0.5}, "base")}, step))
+        both = mean(t, {current: 0.5, "d0": 0.5}, "base")
+        table.append(Row(s, s, {"x": _transfer(schedule, t, s, both, "base")}, step))
     return table
 
 
 @register("pndm", "order 2 on smooth grids, N + 9 evaluations for N > 3 steps; 2202.09778")
-def pndm(schedule: Schedule, times: Sequence[float]) -> list[Row]:
+def pndm(schedule: Schedule, times: Sequence[float], *, prediction: Prediction, mixed: str = "noise") -> list[Row]:
     """The first three steps are pseudo-Runge-Kutta steps of four evaluations, with the middle at the mean of the times;
-    then Adams-Bashforth 4. The last step is never a Runge-Kutta step.
+    then Adams-Bashforth 4. The last step is never a Runge-Kutta step. `mixed` as in plms.
     """
+    current, mean = _mixing("pndm", schedule, prediction, mixed)
     table = []
     for step, (t, s) in enumerate(itertools.pairwise(times)):
         if step >= min(3, len(times) - 2) or real.isinf(schedule.ratio(t)):
-            update = _transfer(schedule, t, s, _adams(step, 4))
-            table.append(Row(t, s, {"x": update, **multistep.kept(step, 3, "E")}, step))
+            update = _transfer(schedule, t, s, mean(t, _adams(step, 4, current), "x"))
+            table.append(Row(t, s, {"x": update, **multistep.kept(step, 3, current)}, step))
             continue
         middle = 0.5 * (t + s)
-        first = {"x": _transfer(schedule, t, middle, {"E": 1.0}), "base": {"x": 1.0}, _SUM: {"E": 1 / 6}}
-        table.append(Row(t, middle, {**first, **multistep.kept(step, 3, "E")}, step))
+        alone = {current: 1.0}
+        first = {"x": _transfer(schedule, t, middle, mean(t, alone, "x")), "base": {"x": 1.0}, _SUM: {current: 1 / 6}}
+        table.append(Row(t, middle, {**first, **multistep.kept(step, 3, current)}, step))
         for here, there in ((middle, middle), (middle, s)):
-            update = _transfer(schedule, t, there, {"E": 1.0}, "base")
-            table.append(Row(here, there, {"x": update, _SUM: {_SUM: 1.0, "E": 1 / 3}}, step))
-        last = _transfer(schedule, t, s, {_SUM: 1.0, "E": 1 / 6}, "base")
+            update = _transfer(schedule, t, there, mean(t, alone, "base"), "base")
+            table.append(Row(here, there, {"x": update, _SUM: {_SUM: 1.0, current: 1 / 3}}, step))
+        last = _transfer(schedule, t, s, mean(t, {_SUM: 1.0, current: 1 / 6}, "base"), "base")
         table.append(Row(s, s, {"x": last}, step))
     return table
