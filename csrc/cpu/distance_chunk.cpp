@@ -25,7 +25,7 @@ inline V root(V x) {
 template <int KIND, class V, class T>
 inline V value(V d, T c) {
     if (KIND == DISTANCE_SQUARE) return d * d;
-    if (KIND == DISTANCE_ABSOLUTE) return d < 0 ? -d : d;
+    if (KIND == DISTANCE_ABSOLUTE) return magnitude(d);
     return d * d / (root(d * d + c * c) + c);
 }
 

@@ -23,7 +23,7 @@ void pass(const T *a, const T *const *b, const T *s, int64_t count, double *lane
                 total[n][p] += x * y;
             }
             if (SUMMED != NO_SUMS) total[N][p] += x;
-            if (SUMMED == ABSOLUTE) total[N + 1][p] += x < zero ? -x : x;
+            if (SUMMED == ABSOLUTE) total[N + 1][p] += magnitude(x);
             if (SUMMED == SIGNED) {
                 memcpy(&y, s + i + p * STEP, WIDTH);
                 total[N + 1][p] += y > zero ? x : y < zero ? -x : y != y ? y : zero;
@@ -43,6 +43,42 @@ void row_of(int64_t n, const T *a, const T *const *b, const T *s, int64_t count,
     else if (MOST >= 2 && n >= 2) pass<T, 2, SUMMED>(a, b, s, count, lanes, sum, signed_sum), done = 2;
     else pass<T, 1, SUMMED>(a, b, s, count, lanes, sum, signed_sum);
     if (n > done) row_of<T, NO_SUMS>(n - done, a, b + done, s, count, lanes + done * RUNNING, sum, signed_sum);
+}
+
+/* Two rows of a symmetric table: z[0] and z[1] with each other and with N others, which are loaded once for both, and their sums. */
+template <class T, int N, bool SUMS>
+void two_rows(const T *const *z, int64_t count, double *lanes, double *lanes_below, double *sum, double *absolute) {
+    typedef typename Lanes<T>::Vector Vector;
+    constexpr int64_t STEP = Lanes<T>::COUNT, PARTS = Lanes<T>::PARTS;
+    Vector total[2 + N][PARTS] = {}, below[1 + N][PARTS] = {}, sums[2][PARTS] = {}, absolutes[2][PARTS] = {};
+    for (int64_t i = 0; i < count; i += RUNNING)
+        for (int p = 0; p < PARTS; ++p) {
+            Vector x[2], y;
+            for (int k = 0; k < 2; ++k) {
+                memcpy(&x[k], z[k] + i + p * STEP, WIDTH);
+                if (SUMS) sums[k][p] += x[k], absolutes[k][p] += magnitude(x[k]);
+            }
+            total[0][p] += x[0] * x[0], total[1][p] += x[0] * x[1], below[0][p] += x[1] * x[1];
+            for (int n = 0; n < N; ++n) {
+                memcpy(&y, z[2 + n] + i + p * STEP, WIDTH);
+                total[2 + n][p] += x[0] * y, below[1 + n][p] += x[1] * y;
+            }
+        }
+    for (int n = 0; n < 2 + N; ++n) add<T>(total[n], lanes + n * RUNNING);
+    for (int n = 0; n < 1 + N; ++n) add<T>(below[n], lanes_below + n * RUNNING);
+    for (int k = 0; SUMS && k < 2; ++k) add<T>(sums[k], sum + k * RUNNING), add<T>(absolutes[k], absolute + k * RUNNING);
+}
+
+template <class T, bool SUMS>
+void two_rows_of(int64_t n, const T *const *z, int64_t count, double *lanes, double *lanes_below, double *sum, double *absolute) {
+    const int64_t most = n < 3 ? n : 3; /* others that the registers hold */
+    if (most == 0) two_rows<T, 0, SUMS>(z, count, lanes, lanes_below, sum, absolute);
+    else if (most == 1) two_rows<T, 1, SUMS>(z, count, lanes, lanes_below, sum, absolute);
+    else if (most == 2) two_rows<T, 2, SUMS>(z, count, lanes, lanes_below, sum, absolute);
+    else two_rows<T, 3, SUMS>(z, count, lanes, lanes_below, sum, absolute);
+    if (n == most) return;
+    row_of<T, NO_SUMS>(n - most, z[0], z + 2 + most, nullptr, count, lanes + (2 + most) * RUNNING, nullptr, nullptr);
+    row_of<T, NO_SUMS>(n - most, z[1], z + 2 + most, nullptr, count, lanes_below + (1 + most) * RUNNING, nullptr, nullptr);
 }
 
 /* The rows of one tile: inputs where they lie or converted, combined, and filled with zeros up to a multiple of RUNNING. */
@@ -83,7 +119,12 @@ void gram_of(const GramChunk &chunk) {
         rows(chunk, 0, chunk.left, start, count, tiles, z);
         if (chunk.right) rows(chunk, chunk.left, chunk.right, start, count, tiles + (chunk.left + chunk.rows) * TILE, other);
         double *sums = chunk.lanes + RUNNING * left * right, *signed_sums = sums + RUNNING * left;
-        for (int64_t i = 0; i < left; ++i, sums += RUNNING, signed_sums += RUNNING) {
+        int64_t i = 0;
+        for (; Lanes<T>::COUNT == 16 && !chunk.right && i + 2 <= left; i += 2, sums += 2 * RUNNING, signed_sums += 2 * RUNNING) {
+            double *lanes = chunk.lanes + RUNNING * (i * right + i), *below = lanes + RUNNING * (right + 1);
+            (chunk.sums ? two_rows_of<T, true> : two_rows_of<T, false>)(left - i - 2, z + i, whole, lanes, below, sums, signed_sums);
+        }
+        for (; i < left; ++i, sums += RUNNING, signed_sums += RUNNING) {
             const int64_t j = chunk.right ? 0 : i; /* of a symmetric table, half */
             double *lanes = chunk.lanes + RUNNING * (i * right + j);
             if (!chunk.sums) row_of<T, NO_SUMS>(right - j, z[i], y + j, nullptr, whole, lanes, nullptr, nullptr);

@@ -25,6 +25,12 @@ const T *fetch(const void *from, int dtype, int64_t start, int64_t count, T *til
     return tile;
 }
 
+template <class Vector>
+inline Vector magnitude(Vector x) {
+    typedef decltype(x < x) Bits;
+    return (Vector)((Bits)x & ~(Bits)-Vector{}); /* all but the sign, which is what -0 has */
+}
+
 /* Running sums of one tile go on in double. */
 template <class T>
 void add(const typename Lanes<T>::Vector *total, double *lanes) {

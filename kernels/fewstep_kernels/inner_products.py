@@ -238,7 +238,8 @@ def products(
     left: Sequence[Tensor], right: Sequence[Tensor], table: Table, sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`products_reference` by the backend that serves the device; without derivatives."""
-    return _raw(list(left), list(right), [number for row in table for number in row], sums)
+    direct = registration.quiet() and registration.plain((*left, *right))
+    return (_products if direct else _raw)(list(left), list(right), [w for row in table for w in row], sums)
 
 
 def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

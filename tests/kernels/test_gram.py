@@ -9,6 +9,7 @@ from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 import fewstep_kernels as fk
 from fewstep_kernels import gram, inner_products
 from fewstep_kernels.gram import reference
+from fewstep_kernels.inner_products import products
 from tests.kernels.reductions import COUNTS, DTYPES, draw, error, nan_filled, one_and_two_threads
 
 needs_cpu = pytest.mark.skipif(fk.backend("gram", "cpu") != "cpu", reason="libfewstep_cpu.so was not built")
@@ -27,6 +28,16 @@ def test_error_is_at_most_twice_that_of_torch(count, dtype, table):
         # where torch happens to be exact: the rounding of the result, and in float64 also that of the truth
         floor = torch.finfo(ours.dtype).eps * true.abs().max() * (8 if dtype == torch.float64 else 1)
         assert error(ours, true) <= 2 * error(torchs, true) + floor
+
+
+def test_every_number_of_tensors_on_every_instruction_set(instructions):
+    inputs = [draw(2, 1100) for _ in range(8)]
+    for size in range(1, 9):
+        truth, torchs = reference([x.double() for x in inputs[:size]]), reference(inputs[:size])
+        ours = [products(inputs[:size], (), (), sums=False)[0], *(gram(inputs[:size]) if size <= 6 else ())]
+        for found, true, other in zip(ours, (truth[0], *truth), (torchs[0], *torchs)):
+            floor = torch.finfo(torch.float32).eps * true.abs().max()  # where torch happens to be exact
+            assert error(found, true) <= 2 * error(other, true) + floor
 
 
 def test_a_small_difference_of_large_tensors_keeps_its_digits():
