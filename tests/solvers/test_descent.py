@@ -12,7 +12,8 @@ from fewstep.analytic import Gaussian, Mixture
 from fewstep.diffusion import Denoiser, schedules
 from fewstep.errors import UserError
 from fewstep.solvers import descent, grids
-from fewstep.solvers.descent import Batch, descend, kernel_distance, paired_distance
+from fewstep.solvers.descent import descend, kernel_distance, paired_distance
+from fewstep.solvers.plan_slopes import Batch, numbers_of, slopes_of, walked
 
 EDM = schedules.get("edm")
 DATA = {
@@ -104,7 +105,10 @@ def test_the_gradient_is_that_of_the_whole_run(name, solver):
         return float(solvers.sample(denoiser, compiled(at), NOISE, batch.cond).square().mean())
 
     sides = descent._sides(compiled, logits)
-    value, slopes = descent._slopes(compiled(logits), sides, denoiser, [batch], lambda x, _: x.square().mean())
+    near = dict.fromkeys([key for side in sides for numbers in side for key in numbers], 0.0)
+    plan = compiled(logits)
+    numbers = {**near, **numbers_of(plan)}
+    value, slopes = slopes_of(plan, numbers, denoiser, [batch], lambda x, _: x.square().mean(), needed=True)
     gradient = descent._chained(sides, slopes)
     assert value == pytest.approx(run(logits), rel=1e-9)
     for i, apart in enumerate(1e-4 * torch.eye(4, dtype=torch.float64)):
@@ -113,13 +117,37 @@ def test_the_gradient_is_that_of_the_whole_run(name, solver):
     assert all(parameter.grad is None for parameter in denoiser.parameters())
 
 
+@pytest.mark.parametrize(("solver", "name"), [("dpmpp_2m", "edm"), ("heun", "vp")])
+def test_searched_coefficients_end_nearer_and_make_a_plan_like_any_other(solver, name):
+    schedule, data = schedules.get(name), DATA["gaussian"]
+    kind = "edm" if name == "edm" else "v"
+    teacher = data.teacher(schedule, kind)
+    first, last = schedule.time_of_ratio(20.0), schedule.time_of_ratio(0.05)
+    noise = torch.randn(64, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    batch = Batch(noise, data.flow_map(schedule.sigma(first) * noise, schedule, first, last))
+    grid = {"name": "karras", "start": first, "end": last, "zero": "none"}
+    plan = solvers.plan(solver, schedule, 3, grid=grid, prediction=kind)
+    refined, losses = descent.refine(teacher, [batch], plan, rounds=30)
+    assert min(losses) < 0.3 * losses[0] and len(losses) == 31
+    fresh = torch.randn(64, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    end = data.flow_map(schedule.sigma(first) * fresh, schedule, first, last)
+    before, after = (float(paired_distance(solvers.sample(teacher, p, fresh), end)) for p in (plan, refined))
+    assert after < 0.4 * before
+    again = solvers.sample(teacher, solvers.Plan.from_json(refined.to_json()), noise)
+    assert float(paired_distance(again, batch.target)) == pytest.approx(min(losses), rel=1e-9)
+    for stage, after in itertools.pairwise(refined.stages):  # networks read x itself, scaled
+        if "input" in stage.outputs:
+            expected = [after.input_scale * value for value in stage.row("x").values()]
+            assert list(stage.row("input").values()) == pytest.approx(expected, rel=1e-12)
+
+
 def test_a_run_keeps_its_states_and_no_activations():
     kept = []
     denoiser = Denoiser(Net(width=4096), EDM, "edm")
     plan = solvers.plan("ddim", EDM, 6, prediction="edm")
-    table = {key: torch.tensor(value, requires_grad=True) for key, value in descent._numbers(plan).items()}
+    table = {key: torch.tensor(value, requires_grad=True) for key, value in numbers_of(plan).items()}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        descent._walked(plan, table, denoiser, Batch(NOISE, NOISE))
+        walked(plan, table, denoiser, Batch(NOISE, NOISE))
     assert sum(kept) < 5 * 4096  # of one call's activations, of six calls
 
 
@@ -164,3 +192,8 @@ def test_a_mistake_is_one_sentence():
         with pytest.raises(UserError, match=words) as error:
             descend(teacher, options.pop("batches"), options.pop("start"), **options)
         assert "\n" not in str(error.value) and str(error.value).endswith(".")
+    plan = solvers.plan("ddim", EDM, 3, prediction="x0")
+    with pytest.raises(UserError, match="give some of each"):
+        descent.refine(teacher, [], plan)
+    with pytest.raises(UserError, match="draws noise"):
+        descent.refine(teacher, [batch], solvers.plan("ddpm", EDM, 3, prediction="x0"))

@@ -20,6 +20,7 @@ from fewstep.evaluate.features import digit_classifier
 from fewstep.evaluate.grid_chunks import counted, device_of, labels, noise
 from fewstep.solvers import descent, grid_files, grids
 from fewstep.solvers.grid_files import SearchedGrid
+from fewstep.solvers.plan_slopes import Batch
 
 COSTS = ("samples", "kernel")
 
@@ -87,7 +88,7 @@ def _starts(model: Artefact, asked: dict[str, Any], steps: Sequence[int]) -> dic
     return starts
 
 
-def _references(model: Artefact, asked: dict[str, Any], batch: int, progress: Any) -> list[descent.Batch]:
+def _references(model: Artefact, asked: dict[str, Any], batch: int, progress: Any) -> list[Batch]:
     """Noise and where `points` steps take it, in chunks."""
     denoiser = model.denoiser
     plan = solvers.plan(
@@ -104,7 +105,7 @@ def _references(model: Artefact, asked: dict[str, Any], batch: int, progress: An
     with counted(model, asked["samples"], batch, plan.evaluations, progress) as chunks:
         for index in chunks:
             start, cond = noise(model, asked["seed"], index), labels(model, index)
-            found.append(descent.Batch(start, solvers.sample(denoiser, plan, start, cond), cond))
+            found.append(Batch(start, solvers.sample(denoiser, plan, start, cond), cond))
     return found
 
 

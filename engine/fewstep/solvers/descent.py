@@ -1,10 +1,10 @@
 """Time grids searched by gradient descent on how good the samples are.  DDSS: Watson et al. 2022, arXiv:2202.05830.
 
 A plan is a table of numbers that the grid decides. The loss is differentiated through a run of the plan down to these
-numbers (network calls are computed again in the backward pass, so that a run keeps its states and no activations), and
-from there to the grid by central differences of compiling it, which asks no network. So any solver with a deterministic
-plan has its grid searched. The paper's loss is a kernel distance between features of samples and of data; here it is
-what the caller names, by default the distance to given targets, such as the same noise taken along many steps.
+numbers (`plan_slopes`), and from there to the grid by central differences of compiling it, which asks no network. So
+any solver with a deterministic plan has its grid searched. The paper's loss is a kernel distance between features of
+samples and of data; here it is what the caller names, by default the distance to given targets, such as the same noise
+taken along many steps.
 """
 
 from __future__ import annotations
@@ -17,27 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.linear import coefficient_dtype
 from fewstep.errors import UserError
 from fewstep.solvers import registry
-from fewstep.solvers.calls import conditions, evaluate, network_calls
-from fewstep.solvers.memory import started
+from fewstep.solvers.plan_slopes import Batch, Key, Loss, check, numbers_of, slopes_of
 from fewstep.solvers.plans import Plan
-from fewstep_kernels import lincomb
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 LEAST_SHARE = 1e-9  # of the whole way that a step may take
 _APART = 1e-5  # central differences in log share
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """What one run is compared on: noise [B, ...], what it should come to, and the network's condition."""
-
-    noise: Tensor
-    target: Tensor
-    cond: Any = None
-    uncond: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +101,7 @@ def descend(
 
     # where a share is floor + (1 - N floor) softmax
     logits = ((shares - LEAST_SHARE) / (1.0 - len(shares) * LEAST_SHARE)).log()
-    _check(solver, compiled(logits))
+    check(solver, compiled(logits))
     logits.requires_grad_(True)
     optimizer = torch.optim.Adam([logits], lr=rate, betas=(0.9, 0.99))
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, rounds)
@@ -125,11 +111,11 @@ def descend(
         at = logits.detach()
         plan = compiled(at)
         sides = _sides(compiled, at) if number < rounds else []
-        value, slopes = _slopes(plan, sides, denoiser, batches, loss)
-        if not math.isfinite(value):
-            raise UserError(
-                f"the loss is {value} in round {number}; give a smaller rate than {rate}, or another start."
-            )
+        # a coefficient that is zero just here is in no table but those beside it
+        near = dict.fromkeys([key for side in sides for numbers in side for key in numbers], 0.0)
+        numbers = {**near, **numbers_of(plan)}
+        value, slopes = slopes_of(plan, numbers, denoiser, batches, loss, needed=number < rounds)
+        _finite(value, number, rate)
         if losses and value < min(losses):
             best = tuple(_times(at, start))
         losses.append(value)
@@ -140,6 +126,76 @@ def descend(
             optimizer.step()
             decay.step()
     return Descent(best, tuple(losses))
+
+
+def refine(
+    denoiser: Any,
+    batches: Sequence[Batch],
+    plan: Plan,
+    *,
+    loss: Loss = paired_distance,
+    rounds: int = 100,
+    rate: float = 0.01,
+    progress: Callable[[int, float], None] | None = None,
+) -> tuple[Plan, tuple[float, ...]]:
+    """The plan with coefficients of its own, the other half of DDSS: the best met, and the loss after every round.
+
+    Each coefficient that is not zero is scaled by a factor that Adam moves from 1 with steps of `rate`, falling to 0 as
+    a cosine; times stay, and what the network reads stays x at its scale. The plan samples as any other and survives
+    JSON; its `options` still name the solver it came from. As `descend` otherwise.
+    """
+    if not batches or rounds < 1 or not rate > 0:
+        raise UserError(f"coefficients are searched on batches, in rounds={rounds} at rate={rate}; give some of each.")
+    check(plan.solver, plan)
+    numbers = numbers_of(plan)
+    free = [key for key, value in numbers.items() if key[1] not in ("", "input") and value != 0.0]
+    factors = torch.ones(len(free), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([factors], lr=rate, betas=(0.9, 0.99))
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, rounds)
+    losses: list[float] = []
+    best = numbers
+    for number in range(rounds + 1):
+        moved = _moved(plan, numbers, dict(zip(free, factors.tolist())))
+        value, slopes = slopes_of(plan, moved, denoiser, batches, loss, needed=number < rounds)
+        _finite(value, number, rate)
+        if losses and value < min(losses):
+            best = moved
+        losses.append(value)
+        if progress is not None:
+            progress(number, value)
+        if number < rounds:
+            by_row = _of_inputs(plan, slopes)
+            factors.grad = torch.tensor([by_row[key] * numbers[key] for key in free], dtype=torch.float64)
+            optimizer.step()
+            decay.step()
+    stages = []
+    for index, stage in enumerate(plan.stages):
+        matrix = tuple(tuple(best[index, output, name] for name in stage.inputs) for output in stage.outputs)
+        stages.append(dataclasses.replace(stage, matrix=matrix))
+    return dataclasses.replace(plan, stages=tuple(stages)), tuple(losses)
+
+
+def _moved(plan: Plan, numbers: Mapping[Key, float], factors: Mapping[Key, float]) -> dict[Key, float]:
+    """The numbers, coefficients times their factors; what the next network reads follows x."""
+    moved = {key: value * factors.get(key, 1.0) for key, value in numbers.items()}
+    for index, output, name in moved:
+        if output == "input":
+            moved[index, output, name] = plan.stages[index + 1].input_scale * moved[index, "x", name]
+    return moved
+
+
+def _of_inputs(plan: Plan, slopes: Mapping[Key, float]) -> dict[Key, float]:
+    """Slopes by the rows of x, what they do to the next network's input included."""
+    found = dict(slopes)
+    for (index, output, name), slope in slopes.items():
+        if output == "input":
+            found[index, "x", name] += plan.stages[index + 1].input_scale * slope
+    return found
+
+
+def _finite(value: float, number: int, rate: float) -> None:
+    if not math.isfinite(value):
+        raise UserError(f"the loss is {value} in round {number}; start elsewhere, or give a rate below {rate}.")
 
 
 def _shares(start: Sequence[float]) -> Tensor:
@@ -160,35 +216,10 @@ def _times(logits: Tensor, start: Sequence[float]) -> list[float]:
     return [first, *(last + (first - last) * left[1:]).tolist(), last]
 
 
-def _check(solver: str, plan: Plan) -> None:
-    if plan.stochastic_stages:
-        raise UserError(
-            f"solver {solver!r} draws noise in this plan; search the grid of a deterministic one such as ddim."
-        )
-    for stage in plan.stages:
-        if stage.others or stage.answers or stage.nonlinear or len(stage.conditions) > 2:
-            raise UserError(
-                f"solver {solver!r} with this guidance is more than one network and a linear map a stage; "
-                "search the grid of a plain one such as ddim."
-            )
-
-
-Key = tuple[int, str, str]  # stage, output, input; or stage, "", "" for the time its network is told
-
-
-def _numbers(plan: Plan) -> dict[Key, float]:
-    found: dict[Key, float] = {}
-    for index, stage in enumerate(plan.stages):
-        found[index, "", ""] = stage.network_time
-        for output in stage.outputs:
-            found |= {(index, output, name): value for name, value in stage.row(output).items()}
-    return found
-
-
 def _sides(compiled: Callable[[Tensor], Plan], at: Tensor) -> list[tuple[dict[Key, float], dict[Key, float]]]:
     """The plan's numbers with each log share a little above and below."""
     return [
-        (_numbers(compiled(at + apart)), _numbers(compiled(at - apart)))
+        (numbers_of(compiled(at + apart)), numbers_of(compiled(at - apart)))
         for apart in _APART * torch.eye(len(at)).double()
     ]
 
@@ -200,59 +231,3 @@ def _chained(sides: Sequence[tuple[dict[Key, float], dict[Key, float]]], slopes:
         for above, below in sides
     ]
     return torch.tensor(gradient, dtype=torch.float64)
-
-
-def _slopes(
-    plan: Plan,
-    sides: Sequence[tuple[dict[Key, float], dict[Key, float]]],
-    denoiser: Any,
-    batches: Sequence[Batch],
-    loss: Loss,
-) -> tuple[float, dict[Key, float]]:
-    """The mean loss over batches and, where there are `sides`, its derivatives by the plan's numbers."""
-    # a coefficient that is zero just here is in no table but those beside it
-    keys = dict.fromkeys([key for side in sides for numbers in side for key in numbers])
-    numbers = {**dict.fromkeys(keys, 0.0), **_numbers(plan)}
-    needed = bool(sides)
-    table = {key: torch.tensor(value, dtype=torch.float64, requires_grad=needed) for key, value in numbers.items()}
-    total, slopes = 0.0, dict.fromkeys(table, 0.0)
-    size = sum(len(batch.noise) for batch in batches)
-    for batch in batches:
-        share = len(batch.noise) / size
-        with torch.set_grad_enabled(needed):
-            value = loss(_walked(plan, table, denoiser, batch), batch.target)
-        total += float(value.detach()) * share
-        if needed:
-            found = torch.autograd.grad(value, list(table.values()), allow_unused=True)
-            for key, slope in zip(table, found):
-                slopes[key] += 0.0 if slope is None else float(slope) * share
-    return total, slopes
-
-
-def _walked(plan: Plan, table: Mapping[Key, Tensor], denoiser: Any, batch: Batch) -> Tensor:
-    """The plan's samples, as the executor makes them, by the numbers of `table`."""
-    noise, dtype = batch.noise, coefficient_dtype(batch.noise)
-    asked = network_calls(plan, denoiser, 0, len(plan.stages))
-    conds = conditions(denoiser, plan.stages, batch.cond, batch.uncond, (), None, len(noise))
-
-    def mapped(inputs: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, ...]:
-        return lincomb(inputs, rows.to(noise.device, dtype), dtypes=[noise.dtype] * len(rows))
-
-    written: list[dict[str, dict[str, Tensor]]] = [{} for _ in plan.stages]
-    for (index, output, name), value in table.items():
-        if output:
-            written[index].setdefault(output, {})[name] = value
-    names, scales = started(plan.stages[0], plan.initial_scale, None)
-    known = dict(zip(names, mapped([noise], torch.tensor(scales, dtype=torch.float64)[:, None])))
-    for index, stage in enumerate(plan.stages):
-        if stage.conditions:
-            told = table[index, "", ""].to(noise.device, dtype).expand(len(stage.conditions) * len(noise))
-            known |= evaluate(asked[index], stage, known, told, conds[stage.conditions], {}, True, checkpoint=True)
-        rows = written[index]
-        inputs = list(dict.fromkeys(name for row in rows.values() for name in row if name in known))
-        zero = torch.zeros((), dtype=torch.float64)
-        matrix = [torch.stack([row.get(name, zero) for name in inputs]) for row in rows.values()]
-        values = mapped([known[name] for name in inputs], torch.stack(matrix))
-        known.pop("input", None)
-        known |= dict(zip(rows, values))
-    return known["x"]
