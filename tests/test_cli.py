@@ -110,6 +110,12 @@ def test_export_wants_to_be_told_what(capsys, student_folder):
     assert "--onnx" in refused(capsys, "export", student_folder)
 
 
+def test_export_takes_guidance_and_the_networks_that_it_asks(capsys, teacher_folder):
+    form = ["--onnx", "--steps", 1, "--guidance", "{name: autoguidance, scale: 2}"]
+    assert "give --other weak=FOLDER" in refused(capsys, "export", teacher_folder, *form)
+    assert "asks for 'weak'" in refused(capsys, "export", teacher_folder, *form, "--other", f"bad={teacher_folder}")
+
+
 def test_the_lists_name_methods_solvers_and_operators(capsys):
     for command, words in (
         ("methods", ["consistency_distillation", "dmd2", "2405.14867", "engine/fewstep/methods/dmd2.py"]),

@@ -213,6 +213,19 @@ def _parser() -> Parser:
     export.add_argument("--onnx", action="store_true", help="write the ONNX graph and hold it against PyTorch")
     export.add_argument("--tensorrt", action="store_true", help="build a TensorRT engine too (implies --onnx)")
     export.add_argument("--steps", type=whole(1), default=4, help="network evaluations in the graph")
+    export.add_argument(
+        "--guidance",
+        type=guidance,
+        metavar="SCALE|FORM",
+        help="of a teacher: a number or a form, as `fewstep sample` takes it (default: what the artefact records)",
+    )
+    export.add_argument(
+        "--other",
+        action="append",
+        default=[],
+        metavar="ROLE=FOLDER",
+        help="an artefact that a form of guidance asks besides, for the same graph: --other weak=FOLDER",
+    )
     export.add_argument("--out", metavar="FOLDER", help="folder to write to (default: the artefact's)")
 
     bench = add(

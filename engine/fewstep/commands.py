@@ -123,7 +123,8 @@ def _others(arguments: argparse.Namespace, wanted: Sequence[str]) -> dict[str, A
     for role in wanted:
         if role not in paths:
             raise UserError(f"this guidance asks a network in the role {role!r}; give --other {role}=FOLDER.")
-    return {role: fewstep.load(path, arguments.device) for role, path in paths.items()}
+    device = getattr(arguments, "device", "cpu")
+    return {role: fewstep.load(path, device) for role, path in paths.items()}
 
 
 def _grid(given: str | None) -> str | dict[str, str] | None:
@@ -138,14 +139,19 @@ def _grid(given: str | None) -> str | dict[str, str] | None:
 
 
 def export(arguments: argparse.Namespace) -> None:
+    import fewstep
     from fewstep.export.onnx import export_onnx
     from fewstep.export.parity import check_parity
 
     if not (arguments.onnx or arguments.tensorrt):
         raise UserError("nothing to export: give --onnx, --tensorrt or both.")
+    student = fewstep.load(arguments.artefact)
+    plan = student.plan(arguments.steps, arguments.guidance)
+    asked: dict[str, Any] = {"steps": arguments.steps, "guidance": arguments.guidance}
+    asked["others"] = _others(arguments, plan.roles)
     folder = Path(arguments.out or arguments.artefact)
-    model = export_onnx(arguments.artefact, folder / f"student_{arguments.steps}.onnx", steps=arguments.steps)
-    parity = check_parity(model, arguments.artefact, steps=arguments.steps)
+    model = export_onnx(student, folder / f"student_{arguments.steps}.onnx", **asked)
+    parity = check_parity(model, student, **asked)
     print(f"wrote {model}; largest difference to PyTorch over {parity['seeds']} seeds: {parity['max_abs_error']:.1e}")
     if arguments.tensorrt:
         from fewstep.export.tensorrt import build_engine

@@ -86,10 +86,48 @@ def test_a_guided_teacher_exports_too(teacher, steps, guidance, tmp_path):
     assert report["max_abs_error"] <= 1e-4
 
 
-@pytest.mark.parametrize(("form", "words"), [("autoguidance", "asks another network"), ("perp_neg", "asks negatives")])
-def test_a_form_that_asks_for_more_than_a_graph_takes_is_refused(teacher, form, words, tmp_path):
-    with pytest.raises(UserError, match=words):
-        export_onnx(teacher, tmp_path / "teacher.onnx", steps=2, guidance={"name": form, "scale": 2.0})
+def test_a_form_that_asks_another_artefact_is_one_graph_with_it(teacher, teacher_folder, tmp_path):
+    weak = load(teacher_folder)
+    with torch.no_grad():
+        for parameter in weak.denoiser.parameters():
+            parameter.mul_(0.9)
+    asked = {"steps": 1, "guidance": {"name": "autoguidance", "scale": 2.0}, "others": {"weak": weak}}
+    graph = export_onnx(teacher, tmp_path / "teacher.onnx", **asked)
+    assert check_parity(graph, teacher, **asked)["max_abs_error"] <= 1e-4
+    assert json.loads(OnnxSampler(graph).metadata["fewstep.others"]) == {"weak": weak.artefact.digest}
+    with pytest.raises(ParityError, match="differs from PyTorch"):
+        check_parity(graph, teacher, **{**asked, "others": {"weak": teacher}})
+    with pytest.raises(ParityError, match="other networks in its roles"):
+        check_parity(graph, teacher, **{**asked, "others": {"weak": weak.denoiser}})
+
+
+def test_networks_too_few_or_too_many_are_one_sentence(teacher, student, tmp_path):
+    form, out = {"name": "autoguidance", "scale": 2.0}, tmp_path / "teacher.onnx"
+    with pytest.raises(UserError, match="in the role 'weak' and got none"):
+        export_onnx(teacher, out, steps=2, guidance=form)
+    with pytest.raises(UserError, match="in the role 'weak' and got function"):
+        export_onnx(teacher, out, steps=2, guidance=form, others={"weak": lambda x, t, cond: x})
+    with pytest.raises(UserError, match="role 'head' and this plan asks for 'weak'"):
+        export_onnx(teacher, out, steps=2, guidance=form, others={"head": student})
+    with pytest.raises(UserError, match="role 'weak' and this plan asks no other network"):
+        export_onnx(teacher, out, steps=2, others={"weak": student})
+
+
+def test_a_network_that_cannot_be_traced_is_one_sentence(teacher, tmp_path):
+    class Told(torch.nn.Module):
+        def forward(self, x, t, cond=None):
+            return x * float(x.mean())
+
+    with pytest.raises(UserError, match="this sampler cannot be exported") as caught:
+        export_onnx(
+            teacher,
+            tmp_path / "teacher.onnx",
+            steps=2,
+            guidance={"name": "autoguidance", "scale": 2.0},
+            others={"weak": Told()},
+        )
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_plan_or_artefact_is_refused(graph, student_folder, teacher_folder):

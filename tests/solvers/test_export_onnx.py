@@ -10,6 +10,7 @@ import torch
 
 from fewstep import solvers
 from fewstep.diffusion import Denoiser, schedules
+from fewstep.errors import UserError
 from fewstep.runtime.onnx import OnnxSampler, convert
 
 pytest.importorskip("onnxscript", reason="ONNX export needs: pip install onnx onnxscript")
@@ -51,6 +52,55 @@ CASES += [
     pytest.param("dpmpp_3m", {}, "flow", "flow", 3, None, id="two past estimates"),
     pytest.param("exponential", {"form": "eps"}, "vp", "eps", 3, [2.0, None, 3.0], id="guided in some steps"),
 ]
+
+
+class Other(torch.nn.Module):
+    """What a further network answers: something bent of what it reads, of `columns` times the channels."""
+
+    def __init__(self, columns: int = 1) -> None:
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.linspace(0.3, 0.9, columns))
+
+    def forward(self, x, t, cond=None):
+        return torch.cat([torch.sin(slope * x + 0.1 * t.reshape(-1, 1, 1, 1)) for slope in self.slope], 1)
+
+
+ROLES = [
+    pytest.param("dpmpp_2m", {}, {"name": "autoguidance", "scale": 2.0}, {"weak": 1}, id="autoguidance"),
+    pytest.param("ddim", {}, {"name": "perp_neg", "scale": 2.0, "weights_of": [1.0, 0.5]}, {}, id="negatives"),
+    pytest.param("ltsp", {}, {"name": "classifier", "scale": 0.5}, {"gradient": 1}, id="a split gradient"),
+    pytest.param("genie", {"head": "mixed"}, 2.0, {"head": 3}, id="a head of three columns, guided"),
+]
+
+
+@pytest.mark.parametrize(("solver", "options", "guidance", "columns"), ROLES)
+def test_further_networks_and_negatives_are_in_the_graph(solver, options, guidance, columns, tmp_path):
+    schedule, denoiser = schedules.get("vp"), Denoiser(Net(), schedules.get("vp"), "eps")
+    plan = solvers.plan(solver, schedule, 2, guidance=guidance, **options)
+    assert {*plan.roles} == {*columns}
+    others = {role: Other(count) for role, count in columns.items()}
+    sampler = types.SimpleNamespace(denoiser=denoiser, classes=3, image_shape=(2, 3, 3), device=torch.device("cpu"))
+    convert(sampler, plan, others).save(tmp_path / "sampler.onnx")
+    graph = OnnxSampler(tmp_path / "sampler.onnx", threads=1)
+    generator = torch.Generator().manual_seed(0)
+    noise, labels = torch.randn(5, 1 + plan.stochastic_stages, 2, 3, 3, generator=generator), torch.arange(5) % 3
+    away = [(labels + 1 + k) % 3 for k in range(plan.negatives)]
+    expected = solvers.sample(denoiser, plan, noise, labels, others=others, negatives=away)
+    assert expected.std() > 0.05
+    largest = expected.abs().max()  # two steps of an untaught network end far out
+    torch.testing.assert_close(graph(noise, labels, away) / largest, expected / largest, rtol=0, atol=1e-5)
+    assert graph.inputs == ["noise", "condition", *(f"negative_{k}" for k in range(plan.negatives))]
+    if away:
+        with pytest.raises(UserError, match="takes 2 negatives and got 1"):
+            graph(noise, labels, away[:1])
+        with pytest.raises(UserError, match="1 classes for 5 images"):
+            graph(noise, labels, [away[0], [1]])
+        assert (graph(noise, labels, away[::-1]) - expected).abs().max() > 1e-3 * largest
+    for other in others.values():  # their weights are really there
+        with torch.no_grad():
+            other.slope.mul_(1.5)
+        changed = solvers.sample(denoiser, plan, noise, labels, others=others)
+        assert (changed - expected).abs().max() > 1e-3 * largest
 
 
 @pytest.mark.parametrize(("solver", "options", "name", "kind", "steps", "guidance"), CASES)

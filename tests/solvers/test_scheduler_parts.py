@@ -216,6 +216,7 @@ def test_image_to_image_keeps_its_bounds():
         ({"options": {"guidance": 3.0}}, "leave it out, the pipeline guides"),
         ({"options": {"guidance": {"name": "apg", "scale": 3.0}}}, "leave it out, the pipeline guides"),
         ({"solver": "ddpm", "options": {"variance": "residual"}}, "asks a network in the role 'moment'"),
+        ({"solver": "genie"}, "asks a network in the role 'head' and a pipeline has one network"),
         ({"solver": "ctm", "grid": "leading", "options": {"two_times": True}}, "tells the network where it lands"),
         ({"options": {"clip": -1.0}}, "clip is -1.0"),
         ({"thresholding": True, "sample_max_value": 0.5}, "0 < least <= most"),

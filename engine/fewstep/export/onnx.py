@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from fewstep import artefact as artefacts
 from fewstep.errors import UserError
 from fewstep.runtime.onnx import convert
@@ -26,26 +28,24 @@ def export_onnx(
     out: str | os.PathLike[str],
     steps: int | None = None,
     guidance: float | Mapping[str, Any] | None = None,
+    others: Mapping[str, Student | nn.Module] | None = None,
 ) -> Path:
     """Write the sampler of `steps` steps as an ONNX file (opset 20) and return its path.
 
     A teacher's plan exports too, guidance included, with one copy of the network's operators for each evaluation.
-    Raises UserError for steps that are not offered, an unwritable path, a missing package.
+    others: the networks of further roles that the plan names, which come into the same graph: artefacts or modules.
+    Raises UserError for steps that are not offered, a network too few or too many, an unwritable path, a missing
+    package.
     """
     student = artefact if isinstance(artefact, Student) else load(artefact)
     plan = student.plan(steps, guidance)
-    if plan.roles or any(len(stage.conditions) > 2 for stage in plan.stages):
-        asks = "another network" if plan.roles else "negatives"
-        raise UserError(
-            f"guidance {plan.guided_by!r} asks {asks}, and a graph takes noise and one condition; export at another "
-            "form, or at a number."
-        )
+    networks = _networks(plan, others or {})
     target = Path(out)
     _require_writable(target)
-    converted = convert(student, plan)
+    converted = convert(student, plan, networks)
     model = converted.model
     model.producer_name, model.producer_version = "fewstep", artefacts.version()
-    model.metadata_props.update(metadata(student, plan))
+    model.metadata_props.update(metadata(student, plan, others))
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
             converted.save(Path(beside) / target.name)
@@ -56,11 +56,29 @@ def export_onnx(
     return target
 
 
-def metadata(student: Student, plan: Plan) -> dict[str, str]:
+def _networks(plan: Plan, others: Mapping[str, Student | nn.Module]) -> dict[str, nn.Module]:
+    for role in others:
+        if role not in plan.roles:
+            asked = f"asks for {', '.join(map(repr, plan.roles))}" if plan.roles else "asks no other network"
+            raise UserError(f"others holds a network in the role {role!r} and this plan {asked}; leave it out.")
+    found = {role: other.denoiser if isinstance(other, Student) else other for role, other in others.items()}
+    for role in plan.roles:
+        if not isinstance(found.get(role), nn.Module):
+            given = type(found[role]).__name__ if role in found else "none"
+            raise UserError(
+                f"this plan asks a network in the role {role!r} and got {given}; give others={{{role!r}: artefact}} or "
+                "a torch module."
+            )
+    return found
+
+
+def metadata(student: Student, plan: Plan, others: Mapping[str, Student | nn.Module] | None = None) -> dict[str, str]:
     """What the ONNX file says about itself, all values JSON or plain text."""
+    given = (others or {}).items()
     facts: dict[str, Any] = {
         "version": artefacts.version(),
         "artefact": student.artefact.digest,
+        "others": json.dumps({role: _digest(other) for role, other in sorted(given)}),
         "kind": student.kind,
         "schedule": json.dumps(student.denoiser.schedule.to_dict()),
         "prediction": json.dumps(student.denoiser.prediction.to_dict()),
@@ -71,6 +89,10 @@ def metadata(student: Student, plan: Plan) -> dict[str, str]:
         "classes": json.dumps(student.classes),
     }
     return {METADATA_PREFIX + name: str(value) for name, value in facts.items()}
+
+
+def _digest(other: Student | nn.Module) -> str | None:
+    return other.artefact.digest if isinstance(other, Student) else None
 
 
 def _require_writable(target: Path) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.errors import UserError
+from fewstep.export.onnx import metadata
 from fewstep.runtime.onnx import OnnxSampler
 from fewstep.runtime.student import Student, load
 
@@ -27,10 +28,13 @@ def check_parity(
     steps: int | None = None,
     *,
     guidance: float | Mapping[str, Any] | None = None,
+    others: Mapping[str, Student | nn.Module] | None = None,
     seeds: int = 64,
     tolerance: float = TOLERANCE,
 ) -> dict[str, Any]:
     """Compare the graph in ONNX Runtime with PyTorch on `seeds` seeds, and its batch 1 with its batch 16.
+
+    others: the networks of further roles that the plan names, as they were exported.
 
     Returns seeds, max_abs_error, max_batch_difference, the two tolerances and onnxruntime's version.
     Raises ParityError where a difference is above its tolerance or the graph was exported from another plan.
@@ -46,16 +50,20 @@ def check_parity(
         )
     if graph.metadata.get("fewstep.artefact") != student.artefact.digest:
         raise ParityError(f"{str(model)!r} was exported from another artefact; export it again.")
+    if graph.metadata.get("fewstep.others", "{}") != metadata(student, plan, others)["fewstep.others"]:
+        raise ParityError(f"{str(model)!r} was exported with other networks in its roles; export it again.")
     chosen = torch.arange(seeds, dtype=torch.int64)
     noise = student.noise(chosen.to(student.device), plan)
     condition = None if student.classes is None else (chosen % student.classes).to(student.device)
-    expected = student.sample(noise, condition, steps, guidance=guidance).cpu()
-    got = graph(noise, condition)
-    error = _largest(got, expected)
-    few = slice(0, 16)
-    each = [slice(i, i + 1) for i in range(min(16, seeds))]
-    alone = torch.cat([graph(noise[one], None if condition is None else condition[one]) for one in each])
-    batch_difference = _largest(alone, graph(noise[few], None if condition is None else condition[few]))
+    away = [(chosen + 1 + k) % (student.classes or 1) for k in range(plan.negatives)]
+    expected = student.sample(noise, condition, steps, guidance=guidance, others=others, negatives=away).cpu()
+
+    def drawn(some: slice) -> Tensor:
+        return graph(noise[some], None if condition is None else condition[some], [one[some] for one in away])
+
+    error = _largest(drawn(slice(None)), expected)
+    alone = torch.cat([drawn(slice(i, i + 1)) for i in range(min(16, seeds))])
+    batch_difference = _largest(alone, drawn(slice(0, 16)))
     if not error <= tolerance:
         raise ParityError(
             f"{str(model)!r} differs from PyTorch by {error:.2e} on {seeds} seeds, at most {tolerance:.0e} is allowed."

@@ -2,9 +2,10 @@
 
     noise      float32 [B, 1 + S, C, H, W]   standard normal: the start, then one slot for each stochastic stage
     condition  int64 [B]                     a class, or the number of classes for none; absent without classes
+    negative_k int64 [B]                     likewise, for each negative of perpendicular guidance
     image      float32 [B, C, H, W]
 
-B is free.
+B is free. Networks of further roles that a plan names are in the graph.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from fewstep.solvers import Plan
 
 OPSET = 20
 CLASSES = "fewstep.classes"  # where a graph says how many it knows
+NEGATIVE = "negative_"
 LARGEST_BATCH = 65536
 
 
@@ -68,10 +70,16 @@ class OnnxSampler:
         stages, *image = shapes["noise"][1:]
         return Takes(tuple(image), stages - 1, classes, none=True, who="graph")
 
-    def __call__(self, noise: Tensor, condition: int | Sequence[int] | Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        noise: Tensor,
+        condition: int | Sequence[int] | Tensor | None = None,
+        negatives: Sequence[int | Sequence[int] | Tensor] = (),
+    ) -> Tensor:
         """Images [B, C, H, W] on the CPU, from noise [B, 1 + S, C, H, W] of any floating dtype.
 
         condition: a class, or one for each image, the number of classes meaning none; left out without classes.
+        negatives: likewise, one for each that the graph's guidance steers away from.
         """
         if self.takes is None:
             raise UserError(f"this ONNX graph takes {', '.join(self.inputs)} and is no sampler's; export one again.")
@@ -82,6 +90,11 @@ class OnnxSampler:
             raise UserError(
                 f"this ONNX graph needs a class for each image; give condition ({self.takes.classes} for none)."
             )
+        wanted = [name for name in self.inputs if name.startswith(NEGATIVE)]
+        if len(negatives) != len(wanted):
+            raise UserError(f"this ONNX graph takes {len(wanted)} negatives and got {len(negatives)}; give that many.")
+        for name, away in zip(wanted, negatives):
+            feed[name] = self.takes.labels(away, len(noise), name)
         return self.run(feed)
 
     def run(self, feed: Mapping[str, Tensor]) -> Tensor:
@@ -110,13 +123,16 @@ class OnnxNetwork(nn.Module):
         return self.graph.run(feed).to(x.device)
 
 
-def convert(student: Student, plan: Plan) -> Any:
-    """The sampler as a `torch.onnx.ONNXProgram` of opset 20.
+def convert(student: Student, plan: Plan, others: Mapping[str, nn.Module] | None = None) -> Any:
+    """The sampler as a `torch.onnx.ONNXProgram` of opset 20; others: the networks of the plan's further roles.
 
-    Raises UserError where the exporter's packages are missing or the program holds an operator that ONNX does not know.
+    Raises UserError where the exporter's packages are missing, a network cannot be traced, or the program holds an
+    operator that ONNX does not know.
     """
-    names = ["noise"] if student.classes is None else ["noise", "condition"]
-    converted = _converted(exported_program(student, plan), names, "image")
+    inputs = list(_inputs(student, plan))
+    names = [name for name in inputs if name != "negatives"]
+    names += [f"{NEGATIVE}{number}" for number in range(plan.negatives)]
+    converted = _converted(exported_program(student, plan, others), names, "image")
     converted.model.metadata_props[CLASSES] = json.dumps(student.classes)
     return converted
 
@@ -130,10 +146,7 @@ def convert_network(student: Student) -> Any:
     }
     if student.classes is not None:
         arguments["cond"] = torch.zeros(2, dtype=torch.int64, device=student.device)
-    with torch.no_grad(), _quiet():
-        program = torch.export.export(
-            student.denoiser.net, (), arguments, dynamic_shapes={name: {0: batch} for name in arguments}
-        )
+    program = _exported(student.denoiser.net, arguments, {name: {0: batch} for name in arguments})
     return _converted(program, list(arguments), "output")
 
 
@@ -152,17 +165,40 @@ def _converted(program: ExportedProgram, names: list[str], output: str) -> Any:
         )
 
 
-def exported_program(student: Student, plan: Plan) -> ExportedProgram:
+def exported_program(student: Student, plan: Plan, others: Mapping[str, nn.Module] | None = None) -> ExportedProgram:
     """The sampler as a torch.export program with a free batch."""
-    batch = Dim("batch", min=1, max=LARGEST_BATCH)
-    inputs = [torch.zeros((2, 1 + plan.stochastic_stages, *student.image_shape), device=student.device)]
+    free = {0: Dim("batch", min=1, max=LARGEST_BATCH)}
+    arguments = _inputs(student, plan)
+    shapes = {name: (free,) * len(x) if isinstance(x, tuple) else free for name, x in arguments.items()}
+    sampler = Sampler(student.denoiser, plan, others).eval()
+    return _exported(sampler, arguments, shapes)
+
+
+def _inputs(student: Student, plan: Plan) -> dict[str, Any]:
+    """What the exporter traces the sampler with, two images of zeros, by `Sampler.forward`'s names."""
+    found: dict[str, Any] = {
+        "noise": torch.zeros((2, 1 + plan.stochastic_stages, *student.image_shape), device=student.device)
+    }
     if student.classes is not None:
-        inputs.append(torch.zeros(2, dtype=torch.int64, device=student.device))
-    free: dict[str, Any] = {"noise": {0: batch}, "condition": {0: batch} if len(inputs) == 2 else None, "seeds": None}
-    arguments = dict(zip(free, inputs))
-    sampler = Sampler(student.denoiser, plan).eval()
-    with torch.no_grad(), _quiet():
-        return torch.export.export(sampler, (), arguments, dynamic_shapes={name: free[name] for name in arguments})
+        label = torch.zeros(2, dtype=torch.int64, device=student.device)
+        found["condition"] = label
+        if plan.negatives:
+            found["negatives"] = tuple(label.clone() for _ in range(plan.negatives))
+    return found
+
+
+def _exported(module: nn.Module, arguments: Mapping[str, Any], shapes: Mapping[str, Any]) -> ExportedProgram:
+    try:
+        with torch.no_grad(), _quiet():
+            return torch.export.export(module, (), dict(arguments), dynamic_shapes=dict(shapes))
+    except UserError:
+        raise
+    except Exception as error:  # a compiler's, a symbolic shape's or the network's own
+        reason = " ".join(str(error).partition("\n")[0].split())[:200].rstrip(".")
+        raise UserError(
+            f"this sampler cannot be exported ({type(error).__name__}: {reason}); its networks must be graphs of "
+            "torch's own operators for any batch."
+        ) from error
 
 
 def opaque_operators(program: ExportedProgram) -> list[str]:

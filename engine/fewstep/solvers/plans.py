@@ -155,6 +155,11 @@ class Plan:
         return tuple(dict.fromkeys(call.role for stage in self.stages for call in stage.others))
 
     @property
+    def negatives(self) -> int:
+        """How many negative conditions a run must be given."""
+        return len({name for stage in self.stages for name in stage.conditions} - {"cond", "uncond"})
+
+    @property
     def times(self) -> tuple[float, ...]:
         """Evaluation times in order, and the time at which the plan ends."""
         return (*(stage.time for stage in self.stages), self.stages[-1].target)
