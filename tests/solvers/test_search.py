@@ -125,6 +125,28 @@ def test_gits_is_its_published_search():
         assert path.cost == pytest.approx(value[0, steps], rel=1e-9, abs=1e-9)
 
 
+def test_the_free_node_is_the_one_after_which_samples_end_nearest():
+    """In sigma, where the analytic first step has slope x/sqrt(1 + sigma^2)."""
+    schedule = schedules.get("edm")
+    times, teacher = nodes(schedule, 12), DIGITS_LIKE.teacher(schedule)
+    noise = torch.randn(16, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    target = DIGITS_LIKE.flow_map(times[0] * noise, schedule, times[0], times[-1])
+    path = search.Path((0, 5, 8, 12), 1.0)
+
+    def ended(node):
+        x, t = times[0] * noise, times[0]
+        x = x + (times[node] - t) * x / math.sqrt(1.0 + t**2)
+        for i, j in ((node, 5), (5, 8), (8, 12)):
+            x = x + (times[j] - times[i]) * (x - teacher(x, times[i])) / times[i]
+        return float((x - target).norm(dim=1).mean())
+
+    found = search.free_node(teacher, noise, target, times, path)
+    assert found.nodes == (0, min(range(1, 5), key=ended), 5, 8, 12)
+    assert found.nodes[1] > 1  # not merely the first tried
+    with pytest.raises(UserError, match="passes over no node"):
+        search.free_node(teacher, noise, target, times, search.Path((0, 1, 12), 1.0))
+
+
 @pytest.mark.parametrize("metric", ["dev", "l2"])
 @pytest.mark.parametrize("name", ["edm", "vp"])
 def test_a_searched_grid_beats_even_ones_in_its_own_cost(name, metric):

@@ -22,7 +22,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError, choose
 from fewstep.solvers import registry, rows
-from fewstep.solvers.executor import execute
+from fewstep.solvers.executor import execute, sample
 from fewstep.solvers.grids import is_clean
 
 METRICS = ("dev", "l1", "l2")
@@ -131,6 +131,44 @@ def trajectory_costs(
             error = (landed - target[i + 1 :]).norm(p=1 if metric == "l1" else 2, dim=-1)
         costs[i, i + 1 :] = error.mean(1).cpu()
     return costs
+
+
+def free_node(
+    denoiser: Any,
+    noise: Tensor,
+    target: Tensor,
+    times: Sequence[float],
+    path: Path,
+    *,
+    solver: str = "ddim",
+    cond: Any = None,
+    uncond: Any = None,
+    guidance: float | None = None,
+) -> Path:
+    """`path` with one more node after its first, which an analytic first step reaches: no further evaluation.
+
+    Of the nodes that the path's first step passes over, the one with which `solver` takes `noise` [B, ...] nearest to
+    `target`, as GITS' code does. Sample on it by plan(.., analytic_first_step=True).
+    """
+    first, second = path.nodes[:2]
+    if second - first < 2:
+        raise UserError("the path's first step passes over no node, so none can be free; lay more nodes, or take it.")
+    prediction, nearest = denoiser.prediction, (math.inf, path.nodes)
+    for node in range(first + 1, second):
+        nodes = (first, node, *path.nodes[1:])
+        grid = [times[n] for n in nodes]
+        plan = registry.plan(
+            solver,
+            denoiser.schedule,
+            len(grid) - 1,
+            grid=grid,
+            prediction=prediction,
+            guidance=guidance,
+            analytic_first_step=True,
+        )
+        ended = sample(denoiser, plan, noise, cond, uncond)
+        nearest = min(nearest, (float((ended - target).flatten(1).norm(dim=1).mean()), nodes))
+    return Path(nearest[1], path.cost)
 
 
 def _norm(schedule: Schedule, t: float) -> float:
