@@ -278,8 +278,8 @@ def _parser() -> Parser:
     )
     searching.add_argument("--guidance", type=number(-100, 100), help="of the teacher that is followed (default: none)")
     searching.add_argument("--solver", default="dpmpp_2m", help="how the teacher walks over the nodes")
-    searching.add_argument("--sampler", default="ddim", help="of descent: the solver that is to sample on the grid")
-    searching.add_argument("--rounds", type=whole(1), default=100, help="of descent")
+    searching.add_argument("--sampler", default="ddim", help="solver whose grid descent searches")
+    searching.add_argument("--rounds", type=whole(1), default=100, help="how often descent moves the grid")
     searching.add_argument(
         "--data", help="'digits' or a folder, for bound and analytic (default: what the teacher was trained on)"
     )
