@@ -237,6 +237,8 @@ def test_the_final_state_and_the_told_times_are_diffusers(row, grid, end, monkey
             told=row.cut.get(grid, "exact"),
             **{**options, **({"order": min(row.order, len(times) - 1)} if row.ordered else {})},
         )
+        if row.scheduler == "LMSDiscreteScheduler":
+            scheduler.sigmas = scheduler.sigmas.tolist()  # its integrands run in Python, slowly over tensors
         first, last = (schedule.alpha(t) if row.exploding else 1.0 for t in (times[0], times[-1]))
         expected, told = theirs(scheduler, START / first, monkeypatch)
         found, ours_told = ours(plan)
