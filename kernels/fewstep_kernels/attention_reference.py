@@ -58,8 +58,9 @@ def reference(
                 change = moved if change is None else change + moved
             tangent = torch.zeros_like(out)
             if change is not None:
-                weights = e * change
-                tangent = (weights @ values[part] - weights.sum(-1, keepdim=True) * out) / total
+                # dS less its mean first: what moves all scores alike costs no digits
+                weights = e * (change - (e * change).sum(-1, keepdim=True) / total)
+                tangent = (weights @ values[part]) / total
             if moving_values is not None:
                 tangent = tangent + (e @ moving_values[part]) / total
             lse = (highest + total.log()).detach().squeeze(-1)
