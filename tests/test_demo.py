@@ -80,6 +80,37 @@ def test_a_run_that_began_anew_keeps_nothing_of_the_one_before_it(tmp_path, run)
         assert (tmp_path / name / "checkpoints.previous/step_000009").is_dir()
 
 
+STUBBORN = """
+import signal, sys, time
+heard = []
+signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+print("ready", flush=True)
+while len(heard) < 2:
+    time.sleep(0.05)
+open(sys.argv[-1], "w").close()
+sys.exit(130)
+"""
+
+
+def test_a_second_interruption_is_handed_on_and_no_job_outlives_the_demo(tmp_path, monkeypatch):
+    (tmp_path / "fewstep.py").write_text(STUBBORN)
+    monkeypatch.chdir(tmp_path)  # where python -m finds the job first
+    before = signal.getsignal(signal.SIGINT)
+    real, told = demo._show, []
+
+    def show(latest, last=False):
+        real(latest, last)
+        if len(told) < 2 and (told or latest.get("job") == "ready"):
+            told.append(1)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(demo, "_show", show)
+    with pytest.raises(KeyboardInterrupt):
+        demo.side_by_side({"job": [str(tmp_path / "ended")]})
+    assert (tmp_path / "ended").exists()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_demo_that_is_stopped_stops_its_jobs(number):
     before = signal.getsignal(number)

@@ -128,8 +128,8 @@ def side_by_side(jobs: Mapping[str, Sequence[str]], processes: int | None = None
 
     processes: how many they are in all, where one job starts several; the cores are shared among them.
     at_once: how many may run at the same time (default: all); the others wait in order.
-    Ctrl-C is handed to all, and each leaves its checkpoint. Raises UserError with a job's own sentence where one fails,
-    KeyboardInterrupt where one was interrupted.
+    Ctrl-C is handed to all, and each leaves its checkpoint; so is every further one. This returns when all have ended.
+    Raises UserError with a job's own sentence where one fails, KeyboardInterrupt after an interruption.
     """
     at_once = at_once or len(jobs)
     threads = max(1, (os.cpu_count() or 1) // max(1, processes or min(at_once, len(jobs))))
@@ -156,20 +156,33 @@ def side_by_side(jobs: Mapping[str, Sequence[str]], processes: int | None = None
         readers.append(threading.Thread(target=read, args=(name,), daemon=True))
         readers[-1].start()
 
+    asked = 0  # how often we were told to stop
+
+    def stop(*_: object) -> None:
+        nonlocal asked
+        asked += 1
+
+    def hand_on() -> None:
+        for process in running.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+
     before = {}  # a terminated demo, or one whose terminal is closed, stops its jobs too
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, signal.default_int_handler)
+            before[number] = signal.signal(number, stop)
+    told = 0
     try:
-        while waiting or any(process.poll() is None for process in running.values()):
-            while waiting and sum(process.poll() is None for process in running.values()) < at_once:
+        while (waiting and not asked) or any(process.poll() is None for process in running.values()):
+            while told < asked:
+                told += 1
+                hand_on()
+            while waiting and not asked and sum(process.poll() is None for process in running.values()) < at_once:
                 start(next(iter(waiting)))
             _show({name: line for name, line in latest.items() if running[name].poll() is None})
             time.sleep(0.2)
     finally:
-        for process in running.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
+        hand_on()  # after an error of our own
         for process in running.values():
             process.wait()
         for number, handler in before.items():
@@ -178,7 +191,7 @@ def side_by_side(jobs: Mapping[str, Sequence[str]], processes: int | None = None
             reader.join()
         _show(latest, last=True)
     codes = {name: process.returncode for name, process in running.items()}
-    if 130 in codes.values():
+    if asked or 130 in codes.values():
         raise KeyboardInterrupt
     for name, code in codes.items():
         if code:

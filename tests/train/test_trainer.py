@@ -204,6 +204,56 @@ def test_a_teacher_guided_in_a_form_is_another_teacher(tmp_path, name):
         assert all(largest_difference(found[one], found[other]) > 0 for other in range(one))
 
 
+def guided_by_another(folder, weak, **further):
+    content = small.recipe(folder, checkpoint_every=1, updates=2).to_dict()
+    method = {**small.METHODS["consistency_distillation"], "guidance": {"name": "autoguidance", "scale": 2.0}}
+    return config.from_dict({**content, "method": method, "others": {"weak": str(weak)}, **further})
+
+
+def test_a_teacher_is_guided_by_another_artefact(tmp_path, teacher_folder):
+    recipe = guided_by_another(tmp_path / "guided", teacher_folder)
+    run = Trainer(recipe, teacher=small.teacher(), loader=small.Digits())
+    run.run()
+    assert run.provenance["others"]["weak"] == {"path": str(teacher_folder)} | {
+        "sha256": artefact.load(teacher_folder).digest
+    }
+    plain = trained(tmp_path / "plain", updates=2)
+    assert largest_difference(small.weights(run), small.weights(plain)) > 0
+    saved = artefact.load(tmp_path / "guided")
+    assert saved.guidance == 2.0 and "weak" not in run.modules
+    resumed = Trainer(recipe, teacher=small.teacher(), loader=small.Digits(), resume=True)
+    assert resumed.step == 2
+    other = artefact.load(teacher_folder)
+    artefact.save(
+        tmp_path / "other",
+        denoiser=other.denoiser,
+        plans=other.plans,
+        image_shape=other.image_shape,
+        classes=other.classes,
+        provenance={"seed": 1},
+        kind="teacher",
+    )
+    changed = guided_by_another(tmp_path / "guided", tmp_path / "other")
+    with pytest.raises(UserError, match=r"the network others\.weak is not the one of the checkpoint of update 2"):
+        Trainer(changed, teacher=small.teacher(), loader=small.Digits(), resume=True)
+
+
+def test_what_guides_a_teacher_must_go_with_it(tmp_path, teacher_folder):
+    class Nine(small.Digits):
+        classes = 9
+
+    teacher = small.teacher()
+    teacher.net = MLP(64, width=16, classes=9)
+    with pytest.raises(UserError, match=r"others.weak is .*, whose number of classes 10 is not the teacher's 9"):
+        Trainer(guided_by_another(tmp_path, teacher_folder), teacher=teacher, loader=Nine())
+    with pytest.raises(UserError, match="there is no artefact folder"):
+        Trainer(guided_by_another(tmp_path, tmp_path / "no"), teacher=small.teacher(), loader=small.Digits())
+    method = {**small.METHODS["dmd2"], "guidance": {"name": "perp_neg", "scale": 2.0}}
+    away = guided_by_another(tmp_path, teacher_folder, method=method, others={}, negatives=[12])
+    with pytest.raises(UserError, match="negatives holds 12, it must hold classes of the teacher from 0 to 9"):
+        Trainer(away, teacher=small.teacher(), loader=small.Digits())
+
+
 def test_guidance_of_a_teacher_that_knows_no_classes_is_refused(tmp_path):
     plain = small.teacher()
     plain.net = MLP(64, width=16, classes=None)
@@ -320,7 +370,7 @@ def test_resuming_inside_a_later_stage_is_bit_for_bit(tmp_path):
     assert [name for name, *_ in again.method.seen] == ["second"] * 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_finishes_the_update_and_leaves_a_checkpoint(tmp_path, number):
     expected = small.weights(trained(tmp_path / "whole", Toy))
     run = trainer(tmp_path / "cut", Toy)
@@ -341,6 +391,18 @@ def test_a_signal_finishes_the_update_and_leaves_a_checkpoint(tmp_path, number):
     assert signal.getsignal(number) is before
     again = trained(tmp_path / "cut", Toy, resume=True)
     assert largest_difference(small.weights(again), expected) == 0.0
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path):
+    run = trainer(tmp_path, Toy)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        iterate = run.iterate
+        run.iterate = lambda: (os.kill(os.getpid(), signal.SIGHUP), iterate())
+        run.fit()
+        assert run.step == 4 and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_artefact_holds_the_students_average_with_its_plans(tmp_path):

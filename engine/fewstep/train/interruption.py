@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: the update in hand is finished and a checkpoint written; a second one stops at once."""
+"""Ctrl-C, SIGTERM and a closed terminal (SIGHUP): the update in hand is finished and a checkpoint written; a second
+one stops at once."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class Interrupted(SystemExit):
-    """Ctrl-C or SIGTERM, after the checkpoint was written; leaves the process with code 130."""
+    """One of these, after the checkpoint was written; leaves the process with code 130."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(130)
@@ -20,7 +23,7 @@ class Interrupted(SystemExit):
 
 
 class Signals:
-    """Inside, Ctrl-C and SIGTERM call `stop` once; a second one acts as usual."""
+    """Inside, these signals call `stop` once each, unless they are ignored (nohup); a second one acts as usual."""
 
     def __init__(self, stop: Callable[[], None]) -> None:
         self.stop = stop
@@ -28,8 +31,9 @@ class Signals:
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._received)
+            for number in NUMBERS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._received)
 
     def _received(self, number: int, _frame: Any) -> None:
         self.stop()

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import fewstep
 import fewstep_kernels
 from fewstep.errors import UserError
+from fewstep.train import interruption
 from fewstep.train.strategies.base import Strategy
 from fewstep.train.strategies.single import Single
 
@@ -59,7 +60,7 @@ def start(recipe: Recipe) -> Strategy:
 
 
 def launch(recipe: Recipe, resume: bool) -> None:
-    """Run the recipe in `train.ranks` local processes and wait; Ctrl-C and SIGTERM are handed on to them.
+    """Run the recipe in `train.ranks` local processes and wait; Ctrl-C, SIGTERM and SIGHUP are handed on to them.
 
     The first process speaks for all; what another has to say is shown where it is the one that failed.
 
@@ -78,9 +79,11 @@ def launch(recipe: Recipe, resume: bool) -> None:
                 if process.poll() is None:
                     process.send_signal(number)
 
-        before = (
-            {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)} if _main() else {}
-        )
+        before = {
+            number: signal.signal(number, hand_on)
+            for number in interruption.NUMBERS
+            if _main() and signal.getsignal(number) is not signal.SIG_IGN
+        }
         try:
             code, rank = _wait(processes)
             if rank:
