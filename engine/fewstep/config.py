@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from fewstep import methods, nets
 from fewstep.diffusion import prediction as predictions
-from fewstep.diffusion import schedules
+from fewstep.diffusion import schedules, teacher_guidance
+from fewstep.diffusion.guidance import Guidance
 from fewstep.errors import UserError, choose
 from fewstep.methods import OptimizerConfig
 from fewstep.nets.lora import Lora
@@ -80,6 +81,7 @@ class Recipe(_Section):
     """One run. `teacher` (an artefact folder) for distillation, or `network`, `schedule`, `prediction` for training.
 
     adapters: low-rank adapters by network of the method, trained over the one teacher instead of copies of its weights.
+    others, negatives: what a form of the teacher's guidance asks besides: artefact folders by role, and classes.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -89,6 +91,8 @@ class Recipe(_Section):
     schedule: dict[str, Any] | None = None
     prediction: dict[str, Any] | None = None
     adapters: dict[str, Lora] = {}
+    others: dict[str, str] = {}
+    negatives: tuple[Annotated[int, Field(ge=0)], ...] = ()
     data: DataConfig = DataConfig()
     method: dict[str, Any]
     train: TrainConfig = TrainConfig()
@@ -148,6 +152,7 @@ def from_dict(content: Mapping[str, Any]) -> Recipe:
     recipe = _validated(Recipe, content, "")
     method = recipe.method_config()
     methods.check(methods.get(recipe.method["name"])(method))
+    _check_asked(recipe, teacher_guidance.of_config(method))
     if recipe.network is not None:
         network = dict(recipe.network)
         if network.get("name") not in nets.names():
@@ -157,6 +162,25 @@ def from_dict(content: Mapping[str, Any]) -> Recipe:
         _checked("prediction", predictions.from_dict, recipe.prediction)
     stored = method.model_dump(mode="json")
     return recipe.model_copy(update={"method": {"name": recipe.method["name"], **stored}})
+
+
+def _check_asked(recipe: Recipe, form: Guidance | None) -> None:
+    """Raises `UserError` where `others` and `negatives` are not what the teacher's guidance asks besides."""
+    roles, conditions = ((), ()) if form is None else (form.roles, form.conditions)
+    wanted = len({*conditions} - {"cond", "uncond"})
+    for role in roles:
+        if role not in recipe.others:
+            raise UserError(
+                f"method.guidance asks a network in the role {role!r}; set others.{role} to an artefact folder."
+            )
+    for role in recipe.others:
+        if role not in roles:
+            asked = f"asks for {', '.join(map(repr, roles))}" if roles else "asks no other network"
+            raise UserError(f"others.{role} names an artefact and method.guidance {asked}; remove it.")
+    if len(recipe.negatives) != wanted:
+        raise UserError(
+            f"negatives is {list(recipe.negatives)} and method.guidance takes {wanted}; give that many classes."
+        )
 
 
 class _Loader(yaml.SafeLoader):

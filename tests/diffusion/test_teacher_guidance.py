@@ -16,10 +16,14 @@ COND = torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64)
 
 
 class Net(torch.nn.Module):
+    def __init__(self, slope=0.7):
+        super().__init__()
+        self.slope = slope
+
     def forward(self, x, t, cond):
         rolled = torch.roll(x, 1, -1)
         shift = cond.view(-1, 1, 1, 1)
-        return torch.tanh(0.7 * x + 0.2 * shift * rolled) + 0.1 * shift + 0.05 * t.view(-1, 1, 1, 1)
+        return torch.tanh(self.slope * x + 0.2 * shift * rolled) + 0.1 * shift + 0.05 * t.view(-1, 1, 1, 1)
 
     def null(self, cond):
         return torch.zeros_like(cond)
@@ -41,7 +45,13 @@ FORMS = {
     "cfg_zero_star": {"name": "cfg_zero_star", "scale": 3.0, "zero_steps": 0},
     "mambo_g": {"name": "mambo_g", "scale": 3.0, "decay": 1.0},
     "tcfg": {"name": "tcfg", "scale": 3.0},
+    "autoguidance": {"name": "autoguidance", "scale": 2.0},
+    "autoguidance in an interval": {"name": "autoguidance", "scale": 2.0, "sigma_low": 0.5},
+    "perturbed": {"name": "perturbed", "scale": 2.0, "perturbed_scale": 1.5},
+    "perturbed alone": {"name": "perturbed", "scale": 1.0},
+    "perp_neg": {"name": "perp_neg", "scale": 3.0, "weights_of": [1.0, 0.5]},
 }
+NEGATIVES = (3, 2)
 
 
 @pytest.mark.parametrize("kind", ("x0", "eps", "v", "flow", "edm"))
@@ -51,13 +61,18 @@ def test_each_samples_estimate_is_that_of_a_samplers_step_at_its_time(form, kind
     schedule = schedules.get("flow")
     denoiser = Denoiser(Net(), schedule, kind)
     x, times = start(), torch.tensor(TIMES, dtype=torch.float64)
-    found = Method().guided(Network(denoiser), x, times, COND, guidance=FORMS[form])
+    further = {role: Denoiser(Net(0.4), schedule, kind) for role in guidance.get(FORMS[form]).roles}
+    away = [torch.full_like(COND, label) for label in NEGATIVES] if FORMS[form]["name"] == "perp_neg" else []
+    method = Method()
+    method.others, method.negatives = {role: Network(one) for role, one in further.items()}, NEGATIVES[: len(away)]
+    found = method.guided(Network(denoiser), x, times, COND, guidance=FORMS[form])
     for place, t in enumerate(TIMES):
         one = slice(place, place + 1)
         plan = solvers.plan(
             "ddim", schedule, 1, grid=[t, 0.1], prediction=kind, guidance=FORMS[form], initial_scale=1.0
         )
-        expected = solvers.execute(plan, denoiser, x[one], cond=COND[one]).denoised
+        asked = {"others": further, "negatives": [label[one] for label in away]}
+        expected = solvers.execute(plan, denoiser, x[one], cond=COND[one], **asked).denoised
         torch.testing.assert_close(found[one], expected, rtol=1e-11, atol=1e-11)
 
 
@@ -85,16 +100,15 @@ def test_at_a_clean_end_the_estimate_is_the_sample():
     """There the network's output says nothing: D = x whatever F, and no weight may be infinite times zero."""
     schedule, x = schedules.get("flow"), start()
     form, t = guidance.get(FORMS["rescale"]), torch.zeros(3, dtype=torch.float64)
-    found = teacher_guidance.guided(form, x, t, [x, x], schedule, Denoiser(Net(), schedule, "flow").prediction)
+    found = teacher_guidance.guided(
+        form, x, t, {"cond": x, "uncond": x}, schedule, Denoiser(Net(), schedule, "flow").prediction
+    )
     torch.testing.assert_close(found, x, rtol=1e-14, atol=1e-14)
 
 
 UNFIT = {
     "cfg++": ({"scale": 0.5}, "a rule of what a solver puts back"),
-    "autoguidance": ({"scale": 2.0}, "asks another network ('weak')"),
-    "perturbed": ({"scale": 2.0}, "asks another network ('perturbed')"),
-    "classifier": ({"scale": 2.0}, "asks another network ('gradient')"),
-    "perp_neg": ({"scale": 2.0}, "asks for negatives"),
+    "classifier": ({"scale": 2.0}, "asks for a gradient that no artefact gives"),
     "cfg": ({"scale": 2.0, "stop": 4}, "count a sampler's steps"),
     "cfg_zero_star": ({"scale": 2.0}, "with zero_steps 1"),
     "apg": ({"scale": 2.0, "momentum": -0.5}, "with momentum"),
@@ -104,13 +118,8 @@ UNFIT = {
 }
 
 
-def recipe(method, form):
-    return {
-        "name": "x",
-        "teacher": "nowhere",
-        "output": "out",
-        "method": {"name": method, "guidance": form},
-    }
+def recipe(method, form, **further):
+    return {"name": "x", "teacher": "nowhere", "output": "out", "method": {"name": method, "guidance": form}, **further}
 
 
 @pytest.mark.parametrize("method", ("consistency_distillation", "dmd2"))
@@ -133,10 +142,34 @@ def test_what_is_neither_a_number_nor_a_form_is_refused(given):
 @pytest.mark.parametrize("method", ("consistency_distillation", "dmd2"))
 @pytest.mark.parametrize("form", FORMS)
 def test_a_recipe_holds_its_form_and_is_read_back(form, method):
-    made = config.from_dict(recipe(method, FORMS[form]))
+    asked = guidance.get(FORMS[form])
+    further = {"others": dict.fromkeys(asked.roles, "a/folder")}
+    further["negatives"] = [*NEGATIVES] if asked.name == "perp_neg" else []
+    made = config.from_dict(recipe(method, FORMS[form], **further))
     assert guidance.get(made.method["guidance"]) == guidance.get(FORMS[form])
     assert config.from_dict(made.to_dict()) == made
     assert get(method)(made.method_config()).config.guidance == made.method["guidance"]
+
+
+@pytest.mark.parametrize(
+    ("form", "further", "words"),
+    [
+        ("autoguidance", {}, "asks a network in the role 'weak'; set others.weak to an artefact folder."),
+        (
+            "autoguidance",
+            {"others": {"weak": "a", "head": "b"}},
+            "others.head names an artefact and method.guidance asks",
+        ),
+        ("cfg", {"others": {"weak": "a"}}, "others.weak names an artefact and method.guidance asks no other network"),
+        ("perp_neg", {"negatives": [1]}, "negatives is [1] and method.guidance takes 2; give that many classes."),
+        ("cfg", {"negatives": [1]}, "negatives is [1] and method.guidance takes 0"),
+        ("perp_neg", {"negatives": [1, -1]}, "negatives.1 is -1"),
+    ],
+)
+def test_what_a_form_asks_besides_is_checked_when_the_recipe_is_read(form, further, words):
+    with pytest.raises(UserError) as caught:
+        config.from_dict(recipe("dmd2", FORMS[form], **further))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_every_form_is_either_taken_or_refused():

@@ -2,13 +2,13 @@
 
 A sampler knows each step's time as a number and folds guidance into its rows. A method asks its teacher at times [B],
 so bounds on the noise level are decided on the device, sample by sample; the weights are those of `guidance_forms` and
-`gram_guidance`. Forms that count steps, carry something from step to step, or ask another network are refused.
+`gram_guidance`. Forms that count steps or carry something from step to step are refused.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,16 @@ from torch import Tensor
 
 from fewstep.diffusion import guidance as guiding
 from fewstep.diffusion.gram_guidance import WEIGHTS
-from fewstep.diffusion.guidance_forms import FORMS, GramGuidance, Guidance, Perpendicular, PlusPlus, Projected, ZeroStar
+from fewstep.diffusion.guidance_forms import (
+    FORMS,
+    Autoguidance,
+    Classifier,
+    GramGuidance,
+    Guidance,
+    PlusPlus,
+    Projected,
+    ZeroStar,
+)
 from fewstep.diffusion.linear import coefficient_dtype, combine
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.real import Real
@@ -39,7 +48,7 @@ def get(given: float | Mapping[str, Any] | Guidance | None) -> Guidance | None:
 
 def names() -> list[str]:
     """The forms a teacher takes, all but one at their defaults (cfg_zero_star with zero_steps: 0)."""
-    return sorted(name for name, form in FORMS.items() if not form.roles and form not in (PlusPlus, Perpendicular))
+    return sorted(name for name, form in FORMS.items() if form not in (PlusPlus, Classifier))
 
 
 def _unfit(form: Guidance) -> str | None:
@@ -47,10 +56,8 @@ def _unfit(form: Guidance) -> str | None:
     name = f"guidance {form.name!r}"
     if isinstance(form, PlusPlus):
         return f"{name}, a rule of what a solver puts back"
-    if form.roles:
-        return f"{name}, which asks another network ({form.roles[0]!r})"
-    if isinstance(form, Perpendicular):
-        return f"{name}, which asks for negatives"
+    if isinstance(form, Classifier):
+        return f"{name}, which asks for a gradient that no artefact gives"
     if form.start != 0 or form.stop is not None:
         return f"{name} with start or stop, which count a sampler's steps (sigma_low and sigma_high it knows)"
     if isinstance(form, ZeroStar) and form.zero_steps:
@@ -61,18 +68,21 @@ def _unfit(form: Guidance) -> str | None:
 
 
 def guided(
-    form: Guidance, x: Tensor, t: Tensor, answers: Sequence[Tensor], schedule: Schedule, prediction: Prediction
+    form: Guidance, x: Tensor, t: Tensor, answers: Mapping[str, Tensor], schedule: Schedule, prediction: Prediction
 ) -> Tensor:
     """The guided clean estimate [B, ...] at x = alpha x0 + sigma eps and times t [B].
 
-    answers: the clean estimates for each of `form.conditions`. Where the form does not act, the first stands alone.
-    Forms that weigh the network's raw output F get it as (D - c_x x)/c_out. Differentiable in x and answers.
+    answers: the clean estimates for `form.conditions`, then of `form.roles`, by name. Where the form does not act, that
+    for "cond" stands alone. Forms that weigh the network's raw output F get it as (D - c_x x)/c_out. Differentiable in
+    x and answers.
     """
     dtype = coefficient_dtype(x, t)
-    inputs = [*answers]
+    inputs = [*answers.values()]
     linear = form.weights()
+    if isinstance(form, Autoguidance):  # on clean estimates, whatever the weak network predicts
+        linear = {"cond": form.scale, "weak": 1.0 - form.scale}
     if linear is not None:
-        row = torch.tensor([linear[name] for name in form.conditions], dtype=dtype, device=x.device)
+        row = torch.tensor([linear[name] for name in answers], dtype=dtype, device=x.device)
         weights = row.expand(len(t), 1, -1)
     elif isinstance(form, GramGuidance) and form.of == "denoised":
         weights = WEIGHTS[form.name](inputs, **form.numbers())
@@ -112,3 +122,9 @@ def stored(given: Any) -> Any:
     if given is not None and (isinstance(given, bool) or not isinstance(given, (int, float))):
         raise UserError("give a number, or a form such as {name: interval, scale: 3, sigma_high: 1.6}.")
     return given
+
+
+def of_config(config: Any) -> Guidance | None:
+    """The form of a method's option `guidance`; None where it has none, or one of another kind."""
+    given = getattr(config, "guidance", None)
+    return get(given) if isinstance(given, (int, float, Mapping)) and not isinstance(given, bool) else None

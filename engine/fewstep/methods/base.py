@@ -143,10 +143,11 @@ class Method:
     """A distillation method. Subclasses give `Config`, `networks`, `needs`, `loss` or `iteration`, and `sampling`.
 
     The trainer sets `schedule`, `prediction`, `teacher` (a `Network`, where there is one), one attribute per network,
-    and `stage` before each stage. The artefact holds network `result` with a plan by `sampling` for each number of
-    evaluations in `steps_offered`. `networks`, `needs` and `steps_offered` may be properties that read `config`; no
-    option of `config` has a meaning of its own to anybody else, but for those `teacher_step` names and `guidance`, the
-    teacher's scale or form that was distilled: at that scale `fewstep evaluate` compares student and teacher.
+    `others` and `negatives` of the recipe, and `stage` before each stage. The artefact holds network `result` with a
+    plan by `sampling` for each number of evaluations in `steps_offered`. `networks`, `needs` and `steps_offered` may be
+    properties that read `config`; no option of `config` has a meaning of its own to anybody else, but for those
+    `teacher_step` names and `guidance`, the teacher's scale or form that was distilled: at that scale `fewstep
+    evaluate` compares student and teacher.
     """
 
     class Config(MethodConfig):
@@ -163,6 +164,8 @@ class Method:
     teacher: Network
     student: Network
     stage: TrainingStage
+    others: Mapping[str, Network] = {}  # what the teacher's guidance asks besides, by role
+    negatives: Sequence[int] = ()  # the classes that it steers away from
 
     def __init__(self, config: MethodConfig | Mapping[str, Any] | None = None) -> None:
         given = {} if config is None else config
@@ -215,15 +218,22 @@ class Method:
         """
         call = network.by(way)
         form = None if isinstance(guidance, Tensor) else teacher_guidance.get(guidance)
-        if cond is None or guidance is None or not (form is None or form.acts):
+        if guidance is None or (form is not None and not form.acts):
             return call(x, t, cond)
-        null = network.null(cond) if null is None else null
-        both = call(torch.cat([x, x]), torch.cat([t, t]), joined(cond, null))
-        answers = [both[: len(x)], both[len(x) :]]
-        if isinstance(guidance, Mapping):
-            assert form is not None
-            return teacher_guidance.guided(form, x, t, answers, network.schedule, network.prediction)
-        return combine(answers, [guiding.coefficients(guidance)])[0]
+        names = ("cond", "uncond") if form is None else form.conditions
+        if cond is None and names != ("cond",):
+            return call(x, t, cond)
+        given = {"cond": cond, **{f"negative {k}": torch.full_like(cond, n) for k, n in enumerate(self.negatives)}}
+        if "uncond" in names:
+            given["uncond"] = network.null(cond) if null is None else null
+        size = len(names)
+        every = call(torch.cat([x] * size), torch.cat([t] * size), joined(*(given[name] for name in names)))
+        answers = dict(zip(names, every.split(len(x))))
+        if form is None or not isinstance(guidance, Mapping):
+            return combine([*answers.values()], [guiding.coefficients(guidance)])[0]  # type: ignore[arg-type]
+        for role in form.roles:
+            answers[role] = self.others[role].by(way)(x, t, cond)
+        return teacher_guidance.guided(form, x, t, answers, network.schedule, network.prediction)
 
     def teacher_step(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Any = None) -> Tensor:
         """x_s: one step of the teacher from times t to s [B], by `config.solver` and guided by `config.guidance`."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fewstep import methods, nets
+from fewstep import artefact, methods, nets
 from fewstep.diffusion import prediction as predictions
 from fewstep.diffusion import schedules, teacher_guidance
 from fewstep.diffusion.denoiser import Denoiser
@@ -90,12 +90,39 @@ def fit(module: nn.Module, loader: Any, teacher_shape: tuple[int, ...] | None) -
     return known is not None
 
 
-def check_guidance(method: methods.Method, conditional: bool) -> None:
-    """Raises `UserError` where the teacher is to be guided and is told no condition."""
-    given = getattr(method.config, "guidance", None)
-    form = teacher_guidance.get(given)
-    if form is not None and form.acts and not conditional:
+def guide(
+    recipe: Recipe, method: methods.Method, strategy: Strategy, conditional: bool, known: Mapping[str, Any]
+) -> dict[str, dict[str, str]]:
+    """Give the method what its teacher's guidance asks besides; where that is from: {role: {"path", "sha256"}}.
+
+    conditional: whether networks are told a condition. known: the teacher's "image shape" and "number of classes",
+    where anything says them. Raises `UserError` where guidance wants a condition and there is none, and for an artefact
+    or a class that does not go with the teacher.
+    """
+    form, classes = teacher_guidance.of_config(method.config), known["number of classes"]
+    if form is not None and form.acts and "uncond" in form.conditions and not conditional:
+        given = method.config.guidance
         raise UserError(f"method.guidance is {given!r} and the teacher knows no classes; leave guidance out.")
+    for label in recipe.negatives:
+        if classes is not None and label >= classes:
+            raise UserError(f"negatives holds {label}, it must hold classes of the teacher from 0 to {classes - 1}.")
+    networks, origins = {}, {}
+    for role, path in recipe.others.items():
+        loaded = artefact.load(path)
+        for what, own, wanted in (
+            ("schedule", loaded.denoiser.schedule, method.schedule),
+            ("image shape", loaded.image_shape, known["image shape"]),
+            ("number of classes", loaded.classes, classes),
+        ):
+            if wanted is not None and own != wanted:
+                raise UserError(
+                    f"others.{role} is {path}, whose {what} {own!r} is not the teacher's {wanted!r}; name another."
+                )
+        module = loaded.denoiser.requires_grad_(False).eval().to(strategy.device)
+        networks[role] = strategy.network(strategy.frozen(module))
+        origins[role] = {"path": path, "sha256": loaded.digest}
+    method.others, method.negatives = networks, recipe.negatives
+    return origins
 
 
 def attempt(module: Any, shape: tuple[int, ...]) -> None:

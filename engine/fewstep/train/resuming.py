@@ -71,6 +71,7 @@ def save(run: Trainer) -> Path:
         "averages": run.averages.state(),
         "replaced": sorted(run.replaced),
         "teacher": _teacher(run),
+        "others": {role: origin["sha256"] for role, origin in run.provenance.get("others", {}).items()},
         "data": run.loader.state(),
         "method": method_state,
         "means": _means(run),
@@ -87,11 +88,14 @@ def save(run: Trainer) -> Path:
 def restore_modules(run: Trainer, found: Checkpoint) -> None:
     """The networks' weights; before anything is sharded. Raises `UserError` where they are of other networks."""
     then, now = found.state.get("teacher"), _teacher(run)
-    if then and now and then != now:
+    changed = [f"teacher {run.provenance['teacher']['path']}"] if then and now and then != now else []
+    before = found.state.get("others", {})
+    now_others = run.provenance.get("others", {})
+    changed += [f"network others.{role}" for role, now in now_others.items() if before.get(role) != now["sha256"]]
+    if changed:
         raise UserError(
-            f"the teacher {run.provenance['teacher']['path']} is not the one of the checkpoint of update "
-            f"{found.state['step']}, its weights or plans have changed; put that one back or start again without "
-            "--resume."
+            f"the {changed[0]} is not the one of the checkpoint of update {found.state['step']}, its weights or plans "
+            "have changed; put that one back or start again without --resume."
         )
     run.replaced = set(found.state["replaced"])
     for name in _changing(run):

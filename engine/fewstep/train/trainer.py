@@ -88,9 +88,12 @@ class Trainer:
         self.loader = loader if loader is not None else self._loader()
         result = self.modules[self.method.result]
         self._conditional = networks.fit(result, self.loader, self._teacher_shape)
-        networks.check_guidance(self.method, self._conditional)
         if self._conditional:
             self.classes = self.classes or getattr(self.loader, "classes", None)
+        known = {"image shape": self._teacher_shape, "number of classes": self.classes}
+        others = networks.guide(recipe, self.method, self.strategy, self._conditional, known)
+        if others:
+            self.provenance["others"] = others
         if recipe.network is not None and isinstance(result, Denoiser):
             networks.attempt(result, self.image_shape())
         self._sizes = networks.sizes(self.modules)
