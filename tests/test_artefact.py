@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep import artefact
+from fewstep import artefact, nets
+from fewstep.diffusion import Denoiser
 from fewstep.errors import UserError
 
 
@@ -143,6 +144,11 @@ def test_an_unknown_format_version_is_refused(folder):
         ({"files": {"../weights.safetensors": {"sha256": "0" * 64, "bytes": 1}}}, "outside"),
         ({"plans": {"1": {"format": "other"}}}, "other"),
         ({"image_shape": [1, -8, 8]}, "image_shape"),
+        ({"image_shape": [1, 8]}, "image_shape is [1, 8]"),
+        ({"image_shape": [1, 4, 8]}, "image_size of its network is 8"),
+        ({"network": {"name": "mlp", "dim": 63}}, "weights"),
+        ({"network": {"name": "dit", "channels": 1, "image_size": 8, "dropout": float("nan")}}, "not JSON"),
+        ({"provenance": {"loss": float("inf")}}, "not JSON"),
         ({"image_shape": [3, 8, 8]}, "channels of its network is 1"),
         ({"image_shape": [1, 16, 16]}, "image_size of its network is 8"),
         ({"classes": 3}, "classes of its network is 10"),
@@ -197,6 +203,32 @@ def test_pickled_weights_are_never_opened(folder):
     digest = hashlib.sha256(content).hexdigest()
     rewrite(folder, files={"weights.safetensors": {"sha256": digest, "bytes": len(content)}})
     refuse(folder, "weights")
+
+
+class Own(torch.nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.layer = torch.nn.Linear(width, width)
+
+    def forward(self, x, t, cond=None):
+        return self.layer(x)
+
+
+def test_a_network_of_ones_own_is_saved_under_its_registered_name(student_folder, tmp_path, monkeypatch):
+    facts = {"plans": {}, "image_shape": (1, 1, 4), "classes": None}
+    loaded = artefact.load(student_folder)
+    nameless = Denoiser(Own(), loaded.denoiser.schedule, loaded.denoiser.prediction)
+    with pytest.raises(UserError, match=r"a Own cannot be saved as an artefact.*fewstep\.nets\.register\('NAME'\)"):
+        save_again(loaded, tmp_path, denoiser=nameless, **facts)
+    monkeypatch.setattr(nets.registry, "_CLASSES", dict(nets.registry._CLASSES))
+    nets.register("own")(Own)
+    named = Denoiser(nets.build({"name": "own"}), loaded.denoiser.schedule, loaded.denoiser.prediction)
+    again = artefact.load(save_again(loaded, tmp_path, denoiser=named, **facts))
+    assert torch.equal(again.denoiser.net.layer.weight, named.net.layer.weight)
+    with pytest.raises(ValueError, match="two networks are called 'mlp'"):
+        nets.register("mlp")(Own)
+    monkeypatch.undo()
+    refuse(tmp_path, "own", "mlp")
 
 
 def test_an_unwritable_path_is_one_sentence(student_folder, tmp_path):

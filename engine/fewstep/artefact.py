@@ -4,7 +4,8 @@
                           provenance, the SHA-256 of every other file and of its own content
     weights.safetensors   the network's state
 
-Nothing in it is ever unpickled or executed: the network is rebuilt by `nets.build` from its registered name and values.
+Nothing in it is ever unpickled, imported or executed: the network is rebuilt by `nets.build` from its registered name
+and values.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -108,6 +110,17 @@ def version() -> str:
         return "source"
 
 
+def network_config(net: Any) -> dict[str, Any]:
+    """The config that `nets.build` makes the network of again. Raises UserError where it has none."""
+    config = getattr(net, "config", None)
+    if not isinstance(config, Mapping) or config.get("name") not in nets.names():
+        raise UserError(
+            f"a {type(net).__name__} cannot be saved as an artefact, which rebuilds its network from a name: decorate "
+            "its class with fewstep.nets.register('NAME'), make it by fewstep.nets.build({'name': 'NAME', ...})."
+        )
+    return dict(config)
+
+
 def save(
     path: str | os.PathLike[str],
     *,
@@ -121,7 +134,7 @@ def save(
     """Write the artefact into the folder `path`, which may hold other files (a run's logs); return the folder.
 
     Each file is written beside its final name, flushed to disk and renamed, the manifest last.
-    Raises UserError where the path cannot be written or a value cannot be stored as JSON.
+    Raises UserError where the path cannot be written, a value cannot be stored as JSON or the network has no name.
     """
     folder = Path(path)
     net: Any = denoiser.net
@@ -131,7 +144,7 @@ def save(
         "version": VERSION,
         "kind": kind,
         "fewstep": version(),
-        "network": dict(net.config),
+        "network": network_config(net),
         "schedule": denoiser.schedule.to_dict(),
         "prediction": denoiser.prediction.to_dict(),
         "plans": {str(steps): json.loads(plan.to_json()) for steps, plan in sorted(plans.items())},
@@ -216,17 +229,24 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Ar
 
 def _agree(content: _Manifest) -> None:
     """Raises ValueError where the images or classes it tells of are not those its network is made for."""
-    told = {"channels": content.image_shape[0], "image_size": content.image_shape[-1], "classes": content.classes}
-    for key, value in told.items():
-        if value is not None and content.network.get(key, value) != value:
-            raise ValueError(f"{key} of its network is {content.network[key]} and its images and classes say {value}")
+    shape, config = content.image_shape, content.network
+    if "channels" in config and len(shape) != 3:
+        raise ValueError(f"its network makes images [C, H, W] and its image_shape is {shape}")
+    told = {"channels": shape[0], "dim": math.prod(shape), "classes": content.classes}
+    for key, value in (*told.items(), *(("image_size", size) for size in shape[1:])):
+        if value is not None and config.get(key, value) != value:
+            raise ValueError(f"{key} of its network is {config[key]} and its images and classes say {value}")
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number of JSON's")
 
 
 def _read_manifest(folder: Path) -> _Manifest:
     if not folder.is_dir():
         raise UserError(f"there is no artefact folder {str(folder)!r}; give the folder that train or distill wrote.")
     try:
-        raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError as error:
         raise UserError(
             f"the folder {str(folder)!r} holds no {MANIFEST}; give the folder that train or distill wrote."

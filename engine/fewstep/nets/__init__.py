@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from fewstep.nets.network import Network, same_masks
-from fewstep.nets.registry import build, names
+from fewstep.nets.registry import build, names, register
 
-__all__ = ["Network", "build", "names", "same_masks"]
+__all__ = ["Network", "build", "names", "register", "same_masks"]

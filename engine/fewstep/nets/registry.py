@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
 from fewstep.errors import UserError, choose
 
-_CLASSES = {
+N = TypeVar("N", bound=type[nn.Module])
+_CLASSES: dict[str, str | type[nn.Module]] = {
     "mlp": "fewstep.nets.mlp:MLP",
     "dit": "fewstep.nets.dit:DiT",
     "unet": "fewstep.nets.unet:UNet",
     "genie": "fewstep.nets.genie:Genie",
 }
+
+
+def register(name: str) -> Callable[[N], N]:
+    """Class decorator: makes a network of your own known by `name`, to `build` and so to artefacts, in this process.
+
+    Its options are the arguments of its `__init__`; they are stored as JSON. Raises ValueError where the name is taken.
+    """
+
+    def add(network: N) -> N:
+        known = _CLASSES.get(name)
+        if known is not None and getattr(known, "__qualname__", known) != network.__qualname__:
+            raise ValueError(f"two networks are called {name!r}: {known} and {network.__module__}.")
+        _CLASSES[name] = network
+        return network
+
+    return add
 
 
 def names() -> list[str]:
@@ -25,7 +42,7 @@ def names() -> list[str]:
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
-    """The network `{"name": ..., **options}` describes, with fresh weights; its `.config` is that mapping again.
+    """The network `{"name": ..., **options}` describes, with fresh weights; its `.config` builds it again.
 
     Raises `UserError` for a missing or unknown name and for options the network does not take.
     """
@@ -33,13 +50,18 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     name = options.pop("name", None)
     if name not in _CLASSES:
         raise choose("network name", name, names())
-    module, attribute = _CLASSES[name].split(":")
-    network_class = getattr(importlib.import_module(module), attribute)
+    network_class: Any = _CLASSES[name]
+    if isinstance(network_class, str):
+        module, attribute = network_class.split(":")
+        network_class = getattr(importlib.import_module(module), attribute)
     known = [p for p in inspect.signature(network_class).parameters if p not in ("args", "kwargs")]
     for option in options:
         if option not in known:
             raise choose(f"option of network {name!r}", option, known)
     try:
-        return network_class(**options)
+        net = network_class(**options)
     except TypeError as error:
         raise UserError(f"network {name!r} cannot be built from {options}: {error}.") from error
+    if not hasattr(net, "config"):
+        net.config = dict(config)
+    return net

@@ -28,10 +28,7 @@ def check(run: Trainer) -> None:
         raise UserError(
             f"network {run.method.result!r} of method {run.method.name!r} is no denoiser and has no artefact."
         )
-    if not hasattr(module.net, "config"):
-        raise UserError(
-            f"{type(module.net).__name__} has no .config that rebuilds it, so it cannot be saved as an artefact."
-        )
+    artefact.network_config(module.net)
 
 
 def save(run: Trainer) -> Path:
