@@ -5,7 +5,8 @@ import torch
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 import fewstep_kernels as fk
-from fewstep_kernels import layer_norm_modulate, normalisation, rms_norm_modulate
+from fewstep_kernels import backends, layer_norm_modulate, normalisation, rms_norm_modulate
+from fewstep_kernels.norm_modulate import layer_norm_modulate_reference, rms_norm_modulate_reference
 from tests.kernels.normalisation_cases import (
     OURS,
     assert_as_accurate,
@@ -18,6 +19,7 @@ from tests.kernels.normalisation_cases import (
     with_gradients,
 )
 
+REFERENCES = {"layer": layer_norm_modulate_reference, "rms": rms_norm_modulate_reference}
 KINDS = pytest.mark.parametrize("kind", ("layer", "rms"))
 SMALL = (2, 3, 7)
 needs_cpu = pytest.mark.skipif(
@@ -223,3 +225,15 @@ def test_one_graph_under_a_compiler():
 def test_what_does_not_fit_is_said_in_one_sentence(call, words):
     with pytest.raises((TypeError, ValueError), match=words):
         call()
+
+
+@KINDS
+def test_the_reference_is_what_is_computed_and_what_runs_in_float64(kind):
+    x, weight, bias, scale, shift = given((2, 5, 63))
+    of_rows, reference = OURS[kind], REFERENCES[kind]
+    with backends.asking("reference"):
+        assert torch.equal(of_rows(x, scale, shift, weight, bias), reference(x, scale, shift, weight, bias))
+    assert torch.equal(of_rows(x.double(), scale, None, eps=0.1), reference(x.double(), scale, None, eps=0.1))
+    truth = row_torch(kind)(*double((x, weight, bias, scale, shift)))
+    found = reference(x.double(), scale, shift, weight, bias, eps=1e-5)
+    torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)  # float64 sums in another order
