@@ -82,6 +82,18 @@ def test_views_layouts_and_outputs_in_place(operator, way):
         same([on[:2]], expected)
 
 
+@every("lincomb")
+def test_memory_off_sixteen_bytes_after_memory_on_it(operator, way):
+    """What was compiled to read sixteen bytes at once may not serve the second call."""
+    memory, table = draw(2060), draw(2, 1)
+    (on,) = here([memory])
+    with backends.asking(way):
+        for start in (0, 0, 1, 1, 4):
+            found = fk.lincomb([on[start : start + 2048].view(2, 1024)], table.to(DEVICE))
+            x = memory[start : start + 2048].view(2, 1024)
+            same(found, lincomb_module.reference([x], table, dtypes=[F32] * 2))
+
+
 def within(found, torchs, truth):
     """At most twice torch's own error; where torch happens to be exact, some roundings of the largest value."""
     for ours, theirs, exact in zip(host(found), host(torchs), truth, strict=True):
