@@ -54,6 +54,10 @@ PAIRS = [
         ("ipndm_v", "graded", {"third": "misplaced_parenthesis", "fourth": "unbalanced"}),
         ("ipndm_v", "graded", {}),
     ),
+    (
+        ("dpmpp_3s", None, {"strength": 1.0, "variant": "taylor", "curvature": "wrong_sign"}),
+        ("dpmpp_3s", None, {"strength": 1.0, "variant": "taylor"}),
+    ),
     (("dpmpp_2s", None, {"strength": 1.0}), ("dpmpp_2m_sde", None, {})),
 ]
 

@@ -66,7 +66,7 @@ def multistep(algorithm: str, order: int, solver: str, ends: tuple[str, ...] = B
     tolerance = 5e-5 if order == 3 else 1e-5
     single = {} if order > 1 or solver == "exponential" else {"order": 1}
     options = {**LOWER, **single, **options}
-    grids = SIX if algorithm == "dpmsolver" else (*SIX, "flow")
+    grids = (*SIX, "flow") if algorithm.endswith("++") else SIX
     row = Row("DPMSolverMultistepScheduler", solver, order, made, options, grids=grids, ends=ends, tolerance=tolerance)
     return dataclasses.replace(row, ordered=solver == "exponential")
 
@@ -115,6 +115,8 @@ ROWS = [
     multistep("dpmsolver", 1, "exponential", ("sigma_min",), form="eps", slope="midpoint"),
     multistep("dpmsolver", 2, "exponential", ("sigma_min",), form="eps", slope="midpoint"),
     multistep("dpmsolver", 3, "exponential", ("sigma_min",), form="eps", slope="midpoint", **HALF),
+    multistep("sde-dpmsolver", 1, "dpmpp_2m_sde", ("sigma_min",), form="eps"),
+    multistep("sde-dpmsolver", 2, "dpmpp_2m_sde", ("sigma_min",), form="eps"),
     multistep("sde-dpmsolver++", 1, "dpmpp_2m_sde"),
     multistep("sde-dpmsolver++", 2, "dpmpp_2m_sde"),
     multistep("sde-dpmsolver++", 3, "dpmpp_3m_sde", curvature="wrong_sign"),

@@ -82,6 +82,8 @@ def test_second_and_third_orders_under_several_names(name):
     same(rows("exponential", name, slope="midpoint"), rows("dpmpp_3m", name))
     same(rows("dpmpp_3m_sde", name, eta=0.0), rows("dpmpp_3m", name))
     same(rows("dpmpp_2m_sde", name, eta=0.0), rows("dpmpp_2m", name))
+    noise_form = rows("exponential", name, order=2, form="eps", slope="midpoint")
+    same(rows("dpmpp_2m_sde", name, eta=0.0, form="eps"), noise_form)
     same(rows("deis", name, coordinate="log_rho"), rows("exponential", name, form="eps"))
     same(rows("ipndm_v", name), rows("deis", name, coordinate="rho", order=4))
     # SA's predictor is the exact row, but for H/2 in the place of I_1 at two nodes

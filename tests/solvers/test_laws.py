@@ -64,8 +64,11 @@ CASES = [
     ("dpmpp_2m_sde", 2, {"slope": "exact"}),
     ("dpmpp_2m_sde", 2, {"eta": 0.3}),
     ("dpmpp_2m_sde", 1, {"order": 1}),
+    ("dpmpp_2m_sde", 2, {"form": "eps"}),
     ("dpmpp_2s", 1, {"strength": 1.0}),  # as published: the noise of the inner stage is not part of the step's
     ("dpmpp_3s", 1, {"strength": 1.0}),
+    ("dpmpp_3s", 1, {"strength": 1.0, "variant": "taylor"}),
+    ("dpmpp_3s", 0, {"strength": 1.0, "variant": "taylor", "curvature": "wrong_sign"}),  # diffusers': to another law
     ("dpmpp_2s_a", 2, {}),
     ("dpmpp_sde", 2, {}),
     ("dpmpp_sde", 2, {"eta": 0.5}),

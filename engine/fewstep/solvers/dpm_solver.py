@@ -32,6 +32,7 @@ def _singlestep(
     lower_order_final: bool | int,
     ratio: float | None = None,
     strength: float = 0.0,
+    curvature: str = "exact",
 ) -> list[Row]:
     multistep.chosen(solver, "variant", variant, VARIANTS)
     multistep.chosen(solver, "inner", inner, INNER)
@@ -54,7 +55,9 @@ def _singlestep(
                 Row(
                     t,
                     s,
-                    _stage_outputs(schedule, block, stage, len(block) - 1, form, variant, inner, strength, s),
+                    _stage_outputs(
+                        schedule, block, stage, len(block) - 1, form, variant, inner, strength, s, curvature
+                    ),
                     steps[stage],
                 )
             )
@@ -71,6 +74,7 @@ def _stage_outputs(
     inner: str,
     strength: float,
     s: float,
+    curvature: str,
 ) -> dict[str, dict[str, float]]:
     """One evaluation of a block of `order`: from the block's start (in "base" after the first) to the next node."""
     current = "D" if form == "x0" else "E"
@@ -90,6 +94,7 @@ def _stage_outputs(
         form=form,
         slope="midpoint" if halved else "exact",
         strength=strength,
+        curvature="wrong_sign_of_full" if curvature == "wrong_sign" else "exact",
         state="x" if stage == 0 else "base",
     )
     outputs = {"x": update}
@@ -254,8 +259,12 @@ def dpmpp_3s(
     inner: str = "between",
     lower_order_final: bool | int = False,
     strength: float = 0.0,
+    curvature: str = "exact",
 ) -> list[Row]:
-    """The clean-sample form of order 3; options as dpmpp_2s'."""
+    """The clean-sample form of order 3; options as dpmpp_2s'. `curvature`: "exact", or "wrong_sign" for what diffusers
+    0.42.1 makes of variant "taylor" with noise (-1/2 for +1/2 of the second derivative).
+    """
+    multistep.chosen("dpmpp_3s", "curvature", curvature, ("exact", "wrong_sign"))
     return _singlestep(
         "dpmpp_3s",
         schedule,
@@ -266,4 +275,5 @@ def dpmpp_3s(
         inner=inner,
         lower_order_final=lower_order_final,
         strength=strength,
+        curvature=curvature,
     )

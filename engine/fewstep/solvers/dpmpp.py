@@ -126,15 +126,18 @@ def dpmpp_2m_sde(
     eta: float = 1.0,
     noise_scale: float = 1.0,
     slope: str = "midpoint",
+    form: str = "x0",
     lower_order_final: bool | int = False,
     euler_at_final: bool = False,
 ) -> list[Row]:
     """`eta` = tau^2 is the strength of the SDE (k-diffusion's eta): 0 is dpmpp_2m, 1 the reverse SDE; `noise_scale`
-    multiplies its noise. `slope` as dpmpp_2m's variant; no noise is drawn where sigma' = 0.
+    multiplies its noise. `slope` as dpmpp_2m's variant; no noise is drawn where sigma' = 0. `form`: "x0", or "eps" for
+    the integrals of noise estimates (SDE-DPM-Solver, without ++).
     """
+    multistep.chosen("dpmpp_2m_sde", "form", form, multistep.FORMS)
     order = multistep.chosen_order("dpmpp_2m_sde", order, 2, (1, 2), len(times) - 1)
     orders = multistep.orders(len(times) - 1, order, lower_order_final, euler_at_final)
-    return _sde("dpmpp_2m_sde", schedule, times, orders, eta=eta, noise_scale=noise_scale, slope=slope)
+    return _sde("dpmpp_2m_sde", schedule, times, orders, eta=eta, noise_scale=noise_scale, slope=slope, form=form)
 
 
 @register("dpmpp_3m_sde", "weak order 2 with a small constant, one evaluation a step; k-diffusion's 3M SDE")

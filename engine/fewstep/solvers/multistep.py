@@ -111,7 +111,8 @@ def exponential(
 
     Clean-sample form, of the reverse SDE of strength tau (0: the ODE), with H = (1 + tau^2) h and I_k = decaying(H):
     x' = (sigma'/sigma) e^{-tau^2 h} x + alpha' sum w_j D_j + sigma' sqrt(1 - e^{-2 tau^2 h}) z (2309.05019, eq. 17).
-    Noise form: x' = (alpha'/alpha) x - sigma' sum w_j eps_j (2206.00927, eq. 3.4).
+    Noise form, with J_k = growing(h): x' = (alpha'/alpha) x - (1 + tau^2) sigma' sum w_j eps_j + tau sigma'
+    sqrt(e^{2h} - 1) z (2206.00927, eq. 3.4; its SDE: 2211.01095).
     An estimate at infinite lambda has no weight; from there, or down to sigma = 0, the row is the first-order jump
     of the first estimate, which must be at t then.
     """
@@ -132,12 +133,16 @@ def exponential(
         found = moments.growing(h, count)
     if count == 2 and slope != "exact":
         found[1] = 0.5 * (found[0] if slope == "midpoint" else (1.0 + strength * strength) * h)
-    if count == 3 and curvature != "exact":
+    if count == 3 and curvature == "wrong_sign_of_full":
+        found[2] -= 2.0
+    elif count == 3 and curvature != "exact":
         found[2] = 0.5 * found[2] - (1.0 if curvature == "wrong_sign" else 0.0)
     parts = dict(zip(nodes, moments.weights(list(nodes.values()), found)))
     if form == "eps":
         terms = {state: schedule.alpha(s) / schedule.alpha(t)}
-        return total((1.0, terms), (-schedule.sigma(s), parts))
+        if strength > 0.0:
+            terms["noise"] = strength * schedule.sigma(s) * math.sqrt(math.expm1(2.0 * h))
+        return total((1.0, terms), (-(1.0 + strength * strength) * schedule.sigma(s), parts))
     decay = strength * strength * h
     terms = {state: schedule.sigma(s) / schedule.sigma(t) * math.exp(-decay)}
     if strength > 0.0:
