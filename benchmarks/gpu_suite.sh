@@ -11,8 +11,8 @@
 # --dry-run before the stage tries it on the CPU, small: for errors, not for numbers. PYTHON (python3, or .venv's) runs
 # it from the sources, installed or not; results go to OUT (benchmarks/results; build/dry_run in a dry run), and all in
 # one archive to PACK where that names a .tar.gz. Where nothing can be downloaded, WHEELS names a folder of wheels to
-# use: sync and graph run the samplers and need pydantic, pydantic_core, annotated-types and typing-inspection; a rival
-# of attention_jvp is jvp_flash_attention (pip download --no-deps -d FOLDER NAME ...).
+# use: the samplers of sync and graph need pydantic, pydantic_core, annotated-types and typing-inspection; a rival of
+# attention_jvp is jvp_flash_attention (pip download --no-deps -d FOLDER NAME ...).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -69,11 +69,6 @@ tests() {
     fi
 }
 
-needs_pydantic() {
-    "$PYTHON" -c "import pydantic" 2>/dev/null ||
-        { echo "gpu_suite.sh: $stage runs the samplers, which need pydantic; install it, or see WHEELS above." >&2; exit 1; }
-}
-
 pack() {
     [ -z "${PACK:-}" ] || (cd "$OUT" && tar czf - -- *_gpu.*) >"$PACK"
 }
@@ -81,8 +76,8 @@ pack() {
 case "$stage" in
 build) build ;;
 test) tests "$@" ;;
-sync) needs_pydantic && "$PYTHON" benchmarks/gpu/sync.py --device "$device" ;;
-graph) needs_pydantic && "$PYTHON" benchmarks/gpu/graph.py --device "$device" ;;
+sync) "$PYTHON" benchmarks/gpu/sync.py --device "$device" ;;
+graph) "$PYTHON" benchmarks/gpu/graph.py --device "$device" ;;
 bench)
     trap pack EXIT # what there is of it, also where an operator fails
     "$PYTHON" benchmarks/gpu/bench.py "$@" --device "$device" --out "$OUT" "${extra[@]}"

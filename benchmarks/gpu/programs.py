@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-import fewstep
 import fewstep_kernels as fk
-from fewstep import nets, solvers
 from fewstep.diffusion import gram_guidance, schedules
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.prediction import Prediction
@@ -56,6 +54,8 @@ class Program:
 
 
 def _denoiser(device: str, boundary: float | None) -> Denoiser:
+    from fewstep import nets  # needs pydantic, which the operators do without
+
     torch.manual_seed(0)
     net = nets.build(
         {"name": "dit", "channels": 1, "image_size": 8, "width": 64, "depth": 2, "heads": 2, "classes": 10}
@@ -67,13 +67,15 @@ def _denoiser(device: str, boundary: float | None) -> Denoiser:
 
 
 def sampler(name: str, guidance: float | None, device: str) -> Program:
+    from fewstep import solvers
+
     denoiser = _denoiser(device, 0.002 if name == "consistency" else None)
     plan = solvers.plan(name, denoiser.schedule, 4, prediction=denoiser.prediction, guidance=guidance)
     noise = torch.randn(4, 1, 8, 8, device=device)
     labels, seeds = (torch.arange(4, device=device) for _ in range(2))
 
     def call() -> list[Tensor]:
-        return [fewstep.sample(denoiser, plan, noise, cond=labels, seeds=seeds)]
+        return [solvers.sample(denoiser, plan, noise, cond=labels, seeds=seeds)]
 
     return Program(call, [noise, labels, seeds], exact=False)
 

@@ -72,7 +72,6 @@ class Marked(torch.Tensor):
         ([X[:0]], torch.ones(1, 1), None),
         ([X], torch.ones(65, 1), None),
     ),
-    ids=str,
 )
 def test_what_is_not_plain_is_not_written_directly_and_still_right(inputs, table, out):
     expected = reference([x.clone() for x in inputs], table, dtypes=[F32] * table.shape[0])
