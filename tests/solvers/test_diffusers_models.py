@@ -11,6 +11,7 @@ import torch
 from fewstep import solvers
 from fewstep.diffusion import schedules
 from fewstep.diffusion.prediction import Prediction
+from fewstep.errors import UserError
 from tests.solvers.diffusers_runs import (
     COND,
     DRAWN,
@@ -247,3 +248,26 @@ def test_the_consistency_decoder_is_sampled_by_consistency(monkeypatch):
     )
     expected, _ = theirs(scheduler, START, monkeypatch)
     assert apart(ours(plan)[0], expected) < 1e-5
+
+
+@pytest.mark.parametrize("laid", ["karras", "exponential"])
+def test_edms_and_stable_audios_configs_become_plan_schedulers(laid, monkeypatch):
+    """`from_config` takes over their levels and what their networks predict; a wrong reading is refused."""
+    from fewstep.solvers.diffusers import PlanScheduler
+
+    made = drawing_brownian("cosine_dpmsolver_multistep", "CosineDPMSolverMultistepScheduler")
+    audio = made(sigma_schedule=laid)
+    edm = diffusers.EDMEulerScheduler(sigma_schedule=laid)
+    for its, solver, options in ((audio, "dpmpp_2m_sde", {"lower_order_final": True}), (edm, "euler", {})):
+        scheduler = PlanScheduler.from_config(its.config, solver=solver, options=options)
+        for one in (its, scheduler):
+            one.set_timesteps(6)
+        drawn = iter(DRAWN.unbind(1))
+        its.noise_sampler = lambda *_, drawn=drawn: next(drawn)
+        first = scheduler.schedule.alpha(scheduler.plan.times[0])  # their states are x/alpha
+        expected, told = theirs(its, START / first, monkeypatch)
+        found, told_here = theirs(scheduler, START, monkeypatch)
+        assert told_here == pytest.approx(told, abs=1e-6)
+        assert apart(found, expected) < 1e-5
+    with pytest.raises(UserError, match="'epsilon' and 0"):
+        PlanScheduler.from_config(diffusers.EDMEulerScheduler(prediction_type="v_prediction").config)

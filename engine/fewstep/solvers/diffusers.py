@@ -17,7 +17,7 @@ from fewstep.errors import UserError, choose
 from fewstep.solvers import parts, registry
 from fewstep.solvers.calls import split
 from fewstep.solvers.memory import tracing
-from fewstep.solvers.pipelines import bounds, outputs, plan_for, tables
+from fewstep.solvers.pipelines import bounds, laid_in_sigma, outputs, plan_for, tables
 from fewstep.solvers.plans import Plan
 from fewstep_kernels import lincomb
 
@@ -90,12 +90,15 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
         """A scheduler from another's config, what that leaves at its class's defaults included.
 
         diffusers drops those, so that DDPMScheduler(clip_sample=True by default) would come over without its clipping.
-        One with a shift and no betas is of flow matching and its networks predict the flow.
+        One with a shift and no betas is of flow matching and its networks predict the flow; EDM's and Stable Audio's
+        come with their levels.
         """
         if isinstance(config, Mapping):
             config = {key: value for key, value in config.items() if key != "_use_default_values"}
             if "shift" in config and not config.keys() & {"beta_start", "prediction_type"}:
                 config["prediction_type"] = "flow_prediction"
+            if "sigma_schedule" in config:
+                config = laid_in_sigma(config)
             if config.get("rescale_betas_zero_snr") or config.get("trained_betas") is not None:
                 raise UserError(
                     "the config has betas of its own (rescale_betas_zero_snr or trained_betas), which no schedule here "

@@ -5,11 +5,14 @@ What `fewstep.solvers.diffusers` needs and diffusers is not needed for.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep.diffusion import schedules
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError
 from fewstep.solvers import registry
@@ -48,6 +51,31 @@ def bounds(config: Any) -> dict[str, Any]:
     if config.thresholding:
         return {"threshold": {"quantile": config.dynamic_thresholding_ratio, "most": config.sample_max_value}}
     return {"clip": config.clip_sample_range} if config.clip_sample else {}
+
+
+def laid_in_sigma(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of diffusers' EDM schedulers, or of Stable Audio's (CosineDPMSolverMultistepScheduler), with schedule,
+    grid and prediction type by the names of PlanScheduler. UserError for those whose networks it cannot read.
+    """
+    low, high = (float(config[key]) for key in ("sigma_min", "sigma_max"))
+    audio = "solver_order" in config and "algorithm_type" not in config  # EDM's have neither or both
+    wanted = ("v_prediction", 1.0) if audio else ("epsilon", 0.5)
+    given = (config.get("prediction_type"), config.get("sigma_data"))
+    if given != wanted:
+        raise UserError(
+            f"the config has prediction_type={given[0]!r} and sigma_data={given[1]!r}, and this scheduler takes over "
+            f"{wanted[0]!r} and {wanted[1]}; run the plan by fewstep.sample, with fewstep.Denoiser(.., prediction=..)."
+        )
+    if not audio:
+        schedule, kind = schedules.get("edm", t_min=low, t_max=high), "edm"
+    else:  # sigma is the tangent of the schedule's angle
+        ends = {name: 2.0 / math.pi * math.atan(sigma) for name, sigma in (("t_min", low), ("t_max", high))}
+        schedule, kind = schedules.get("cosine", offset=0.0, **ends), "v_prediction"
+    laid = {
+        "name": config["sigma_schedule"],
+        **({"rho": config["rho"]} if config["sigma_schedule"] == "karras" else {}),
+    }
+    return {**config, "schedule": schedule.to_dict(), "prediction_type": kind, "grid": laid}
 
 
 def outputs(stage: Stage) -> tuple[str, ...]:
