@@ -10,6 +10,8 @@ from fewstep.diffusion import Denoiser, guidance, schedules, teacher_guidance
 from fewstep.errors import UserError
 from fewstep.methods import Method, get
 from fewstep.nets import Network
+from fewstep.solvers import adaptive
+from fewstep.solvers.era import era
 
 TIMES = (0.3, 0.45, 0.8)
 COND = torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64)
@@ -85,6 +87,30 @@ def test_a_number_and_its_form_are_one():
     assert not torch.allclose(by_number, denoiser.value(start(), t, COND))
     plain = Method().guided(denoiser, start(), t, COND, guidance={"name": "cfg", "scale": 1.0})
     assert torch.equal(plain, denoiser.value(start(), t, COND))
+
+
+@pytest.mark.parametrize("form", ("cfg", "interval", "rescale", "apg", "tcfg"))
+def test_a_denoiser_alone_takes_the_forms_that_ask_two_answers(form):
+    """And with it every sampler without a plan: they ask `Denoiser.guided`."""
+    denoiser, x = Denoiser(Net(), schedules.get("flow"), "flow"), start()
+    for t in (torch.tensor(TIMES, dtype=torch.float64), 0.45):
+        times = t if isinstance(t, torch.Tensor) else torch.full((3,), t, dtype=torch.float64)
+        expected = Method().guided(Network(denoiser), x, times, COND, guidance=FORMS[form])
+        torch.testing.assert_close(denoiser.guided(x, t, COND, FORMS[form]), expected, rtol=1e-12, atol=1e-12)
+    for name in ("autoguidance", "perp_neg"):
+        with pytest.raises(UserError, match=f"guidance '{name}' asks more than cond and uncond"):
+            denoiser.guided(x, 0.45, COND, FORMS[name])
+
+
+def test_a_sampler_without_a_plan_is_guided_in_forms():
+    """With no share rescaled it is plain guidance; the whole share changes what is sampled."""
+    denoiser, noise = Denoiser(Net(), schedules.get("vp"), "eps"), start()
+    kept, none = ({"name": "rescale", "scale": 3.0, "rescale": share} for share in (1.0, 0.0))
+    for sampler in (adaptive.dpm_adaptive, lambda *given, **named: era(*given, 6, **named)):
+        found = [sampler(denoiser, noise, cond=COND, guidance=one) for one in (3.0, none, kept)]
+        plain, same, other = (x.x if hasattr(x, "x") else x for x in found)
+        torch.testing.assert_close(same, plain, rtol=1e-9, atol=1e-9)
+        assert (other - plain).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("form", ("interval", "rescale", "apg of outputs"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from fewstep.diffusion import guidance as guiding
 from fewstep.diffusion import prediction as predictions
+from fewstep.diffusion import teacher_guidance
+from fewstep.diffusion.guidance import Guidance
 from fewstep.diffusion.linear import coefficient_dtype, combine
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.real import Real
@@ -71,14 +74,15 @@ class Denoiser(nn.Module):
         x: Tensor,
         t: float | Tensor,
         cond: Any,
-        guidance: float | Tensor | None,
+        guidance: float | Tensor | Mapping[str, Any] | None,
         uncond: Any = None,
         **inputs: Any,
     ) -> Tensor:
         """x0_hat of uncond + w (cond - uncond) by one doubled call; w a float or [B]; None and 1.0 skip the second
-        half.
+        half. guidance may be a form instead, of those of `teacher_guidance` that ask cond and uncond alone.
         """
-        if not guiding.is_guided(guidance):
+        form = _form(guidance) if isinstance(guidance, Mapping) else None
+        if not (form.acts if form else guiding.is_guided(guidance)):  # type: ignore[arg-type]
             return self(x, t, cond, **inputs)
         assert guidance is not None
         time = self._time(x, t)
@@ -89,10 +93,15 @@ class Denoiser(nn.Module):
             key: guiding.joined(value, value) if isinstance(value, Tensor) else value for key, value in inputs.items()
         }
         output = self._output(twice, time_twice, guiding.joined(cond, uncond), doubled)
+        halves = {"cond": output[: len(x)], "uncond": output[len(x) :]}
         of_x, of_output = self.prediction.coefficients(self.schedule, time)
-        of_cond, of_uncond = guiding.coefficients(guidance)
+        if form is not None:
+            answers = {name: combine([x, half], [(of_x, of_output)])[0] for name, half in halves.items()}
+            times = time if isinstance(time, Tensor) else x.new_full((len(x),), time, dtype=coefficient_dtype(x))
+            return teacher_guidance.guided(form, x, times, answers, self.schedule, self.prediction)
+        of_cond, of_uncond = guiding.coefficients(guidance)  # type: ignore[arg-type]
         row = (of_x, of_output * of_cond, of_output * of_uncond)
-        return combine([x, output[: len(x)], output[len(x) :]], [row])[0]
+        return combine([x, *halves.values()], [row])[0]
 
     def null(self, cond: Any) -> Any:
         """The null condition shaped like `cond`, as the network defines it."""
@@ -129,3 +138,14 @@ class Denoiser(nn.Module):
         x0 = self.prediction.coefficients(self.schedule, time)
         eps = self.prediction.noise_coefficients(self.schedule, time)
         return alpha_rate * x0[0] + sigma_rate * eps[0], alpha_rate * x0[1] + sigma_rate * eps[1]
+
+
+def _form(given: Mapping[str, Any]) -> Guidance:
+    form = teacher_guidance.get(given)
+    assert form is not None
+    if form.roles or form.conditions != ("cond", "uncond"):
+        raise UserError(
+            f"guidance {form.name!r} asks more than cond and uncond, and a denoiser alone has no more to ask; sample "
+            "with a plan of it."
+        )
+    return form

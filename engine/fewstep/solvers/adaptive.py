@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ def gotta_go_fast(
     seeds: Tensor,
     cond: Any = None,
     uncond: Any = None,
-    guidance: float | None = None,
+    guidance: float | Mapping[str, Any] | None = None,
     start: float | None = None,
     end: float | None = None,
     first_step: float = 0.01,
@@ -170,7 +170,7 @@ def dpm_adaptive(
     form: str = "x0",
     cond: Any = None,
     uncond: Any = None,
-    guidance: float | None = None,
+    guidance: float | Mapping[str, Any] | None = None,
     start: float | None = None,
     end: float | None = None,
     first_step: float = 0.05,
@@ -286,7 +286,7 @@ def _started(x: Tensor, first: float, last: float, step: float) -> _State:
     return _State(x, x, place, torch.full_like(place, length), last, counts, counts.clone())
 
 
-def _answer(denoiser: Denoiser, cond: Any, uncond: Any, guidance: float | None) -> Answer:
+def _answer(denoiser: Denoiser, cond: Any, uncond: Any, guidance: float | Mapping[str, Any] | None) -> Answer:
     def answer(x: Tensor, t: Tensor) -> Tensor:
         return denoiser.guided(x, t.to(coefficient_dtype(x)), cond, guidance, uncond)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def amed(
     grid: Grid | None = None,
     cond: Any = None,
     uncond: Any = None,
-    guidance: float | None = None,
+    guidance: float | Mapping[str, Any] | None = None,
     analytic_first_step: bool = False,
 ) -> Tensor:
     """Samples [B, ...] from standard normal noise [B, ...]; two evaluations a step.

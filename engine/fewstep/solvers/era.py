@@ -7,6 +7,7 @@ device, for every sample by itself, as weights of one `lincomb` over all past es
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def era(
     error_scale: float = 5.0,
     cond: Any = None,
     uncond: Any = None,
-    guidance: float | None = None,
+    guidance: float | Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Samples [B, ...] from standard normal noise in `steps` evaluations.
 

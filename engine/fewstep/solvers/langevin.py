@@ -7,6 +7,7 @@ size says, for every sample by itself. Its size is a reduction on the device, th
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def predictor_corrector(
     eta: float = 1.0,
     cond: Any = None,
     uncond: Any = None,
-    guidance: float | None = None,
+    guidance: float | Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Samples [B, ...] from standard normal noise [B, ...] in steps + corrections (steps - 1) evaluations.
 
