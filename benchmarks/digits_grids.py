@@ -5,7 +5,8 @@
 Fixed grids: uniform, log-SNR, Karras, the closed form for Gaussian data, Align-Your-Steps' table (of Stable Video
 Diffusion, the one it has for this schedule). Searched on this teacher with `fewstep search-grid`: GITS (its own metric
 and the plain distance), Watson's bound and Analytic-DPM's. Under Euler, DPM-Solver++ 2M, and DDPM, the sampler the
-bounds speak of. All from the same noise and labels; ratios to Karras' grid under the same solver, with paired bootstrap
+bounds speak of. For Euler and 2M also DDSS, a grid searched for that very solver by descent through its samples, from
+Karras' grid. All from the same noise and labels; ratios to Karras' grid under the same solver, with paired bootstrap
 intervals. Beside them DPM-Solver-v3, with statistics estimated from training digits, on three of the fixed grids.
 Writes benchmarks/results/digits_grids.json and .svg.
 """
@@ -49,7 +50,8 @@ FIXED: Mapping[str, solvers.grids.Grid] = {
     "align_your_steps": {"name": "align_your_steps", "model": "svd"},
 }
 SEARCHED = {"gits": "gits", "gits_l2": "gits-l2", "watson_bound": "bound", "analytic_bound": "analytic"}
-COLOURS = ("#9a9a9a", "#5a5a1e", "#222222", "#b7793a", "#8d3b5e", "#2f6f4e", "#007c89", "#3b5b92", "#c0392b")
+DESCENDED = ("euler", "dpmpp_2m")  # solvers with a grid of their own
+COLOURS = ("#9a9a9a", "#5a5a1e", "#222222", "#b7793a", "#8d3b5e", "#2f6f4e", "#007c89", "#3b5b92", "#c0392b", "#7d3cb5")
 
 
 def searched(teacher: Path, folder: Path, steps: Sequence[int], quick: bool) -> dict[str, solvers.grids.Grid]:
@@ -61,6 +63,14 @@ def searched(teacher: Path, folder: Path, steps: Sequence[int], quick: bool) -> 
         search_grid(teacher, path, cost=cost, steps=steps, data="digits", progress=lambda line: None, **size)
         found[name] = {"name": "searched", "path": str(path)}
     return found
+
+
+def descended(teacher: Path, folder: Path, solver: str, steps: Sequence[int], quick: bool) -> solvers.grids.Grid:
+    """The grid that gradient descent through `solver` finds from Karras' (DDSS, 2202.05830)."""
+    path = folder / f"ddss_{solver}.json"
+    size = {"points": 12, "samples": 16, "rounds": 4} if quick else {"points": 60, "samples": 256, "rounds": 100}
+    search_grid(teacher, path, cost="samples", sampler=solver, steps=steps, nodes="karras", progress=print, **size)
+    return {"name": "searched", "path": str(path)}
 
 
 def drawn(denoiser: Denoiser, plan: solvers.Plan, samples: int, seed: int, shape: tuple[int, ...]) -> Tensor:
@@ -86,11 +96,13 @@ def measured(teacher: Path, folder: Path, samples: int, seed: int, steps: Sequen
     model = load(teacher)
     denoiser, network = model.denoiser.eval(), digit_classifier()
     reference = moments(network.features(digits("held_out")[0]))
-    grids = {**FIXED, **searched(teacher, folder, steps, quick)}
+    everyones = {**FIXED, **searched(teacher, folder, steps, quick)}
     v3 = by_statistics(denoiser, quick)
     table: dict[str, Any] = {}
     curves: dict[str, Any] = {}
     for solver, options in SOLVERS.items():
+        own = {"ddss": descended(teacher, folder, solver, steps, quick)} if solver in DESCENDED else {}
+        grids = {**everyones, **own}
         for count in steps:
             resampled = {}
             for name, grid in grids.items():
@@ -168,7 +180,7 @@ def plotted(record: Mapping[str, Any]) -> str:
         place = top - 12.0
         for y, name in ends:
             place = max(place + 12.0, y)
-            colour = COLOURS[[*FIXED, *SEARCHED].index(name)]
+            colour = COLOURS[[*FIXED, *SEARCHED, "ddss"].index(name)]
             line = " ".join(f"{across(int(n), panel):.1f},{up(row['frechet']):.1f}" for n, row in grids[name].items())
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
             parts.append(f'<text x="{end + 6}" y="{place + 4:.1f}" fill="{colour}">{html.escape(name)}</text>')

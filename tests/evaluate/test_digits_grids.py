@@ -22,8 +22,8 @@ def script():
 def test_every_grid_is_measured_under_every_solver_against_karras(script, teacher_folder, tmp_path):
     record = script.measured(teacher_folder, tmp_path, 80, 0, (3,), quick=True)
     assert set(record["solvers"]) == set(script.SOLVERS)
-    for grids in record["solvers"].values():
-        assert set(grids) == {*script.FIXED, *script.SEARCHED}
+    for solver, grids in record["solvers"].items():
+        assert set(grids) == {*script.FIXED, *script.SEARCHED} | ({"ddss"} if solver in script.DESCENDED else set())
         assert grids["karras"]["3"]["to_karras"] == 1.0
         for grid in grids.values():
             row = grid["3"]
@@ -32,7 +32,11 @@ def test_every_grid_is_measured_under_every_solver_against_karras(script, teache
             low, high = row["interval"]
             assert low <= row["to_karras"] <= high
     assert record["solvers"]["euler"]["gits"]["3"]["times"] == record["solvers"]["ddpm"]["gits"]["3"]["times"]
+    assert record["solvers"]["euler"]["ddss"]["3"]["times"] != record["solvers"]["dpmpp_2m"]["ddss"]["3"]["times"]
     for curve in record["dpm_solver_v3"].values():
         assert len(curve["3"]["times"]) == 4 and curve["3"]["frechet"] > 0.0
     picture = script.plotted(record)
-    assert picture.count("<polyline") == len(script.SOLVERS) * (len(script.FIXED) + len(script.SEARCHED)) + 3
+    assert (
+        picture.count("<polyline")
+        == len(script.SOLVERS) * (len(script.FIXED) + len(script.SEARCHED)) + len(script.DESCENDED) + 3
+    )
