@@ -81,8 +81,8 @@ if triton is not None:
 
 def launch_triton(inputs, outputs, job, coefficients, seeds) -> None:
     """Launch on tensors that lie as the job (`native.job`) says: what is compiled for their kind, looked up once."""
-    size, batch, count, stream = job[0], job[2], job[3], job[native.NOISE_STREAM]
-    rows, noise = job[native.HEAD :], seeds is not None
+    size, _, batch, count, at_seeds, stream, at_table, *table, table_dtype = job[: native.HEAD].tolist()
+    rows, noise = job[native.HEAD :].tolist(), seeds is not None
     strides, codes = tuple(rows[1::3]), tuple(rows[2::3])
     block = min(1024, max(16, 1 << (count - 1).bit_length()))
     blocks = -(-count // block)
@@ -92,7 +92,7 @@ def launch_triton(inputs, outputs, job, coefficients, seeds) -> None:
         strides[:size],
         strides[size:],
         coefficients,
-        *job[native.TABLE_STRIDES],
+        *table,
         seeds if noise else coefficients,
         stream,
         count,
@@ -103,18 +103,8 @@ def launch_triton(inputs, outputs, job, coefficients, seeds) -> None:
     )
     # Triton compiles anew for other dtypes, some numbers (1, multiples of 16, wide ones) and addresses off 16 bytes;
     # finding that out takes it twice as long as the launch. A kind is told here by all numbers but the addresses.
-    kind = (
-        inputs[0].get_device(),
-        size,
-        count,
-        noise,
-        stream >> 31,
-        *job[native.TABLE_STRIDES],
-        job[10],
-        strides,
-        codes,
-    )
-    aligned = functools.reduce(operator.or_, rows[0::3], job[native.TABLE] | job[native.SEEDS]) % 16 == 0
+    kind = (inputs[0].get_device(), size, count, noise, stream >> 31, *table, table_dtype, strides, codes)
+    aligned = functools.reduce(operator.or_, rows[0::3], at_table | at_seeds) % 16 == 0
     with native.on_device_of(inputs[0]):
         compiled = _compiled.get(kind) if aligned else None
         if compiled is not None:

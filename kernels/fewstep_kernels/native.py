@@ -35,9 +35,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "normalise_tangent": [_pointer],
     "attention_jvp": [_pointer],
 }
-# Places in fewstep_lincomb, in int64 numbers: of the seeds' address, the coefficients' and their strides, and of the
-# first tensor's (address, batch stride, dtype).
-SEEDS, NOISE_STREAM, TABLE, TABLE_STRIDES, HEAD = 4, 5, 6, slice(7, 10), 11
+SEEDS, HEAD = 4, 11  # places in fewstep_lincomb, in int64 numbers: of the seeds' address, of the first tensor
 OVERLAP, NOT_PLAIN, DONE = 2, 3, 4  # what the functions for a lincomb answer beside 0
 _BLANK = array("q", [0])
 _HERE = contextlib.nullcontext()
