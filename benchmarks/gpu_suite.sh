@@ -62,9 +62,9 @@ tests() {
         # collected and its imports done; the tests of the kernels themselves are tried by FEWSTEP_TEST_DEVICE=cpu
         "$PYTHON" -m pytest -q --collect-only -m gpu tests/kernels "$@" | tail -n 3
     else
-        # some hundred kernels are compiled, which takes minutes on one core
-        "$PYTHON" -c "import xdist" 2>/dev/null && parallel=(-n 6)
-        "$PYTHON" -m pytest -q -m gpu tests/kernels "${parallel[@]}" "$@"
+        # some hundred kernels are compiled, which takes minutes on one core; references run on the cores too
+        "$PYTHON" -c "import xdist" 2>/dev/null && parallel=(-n "$(($(nproc) * 3 / 4))")
+        OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$PYTHON" -m pytest -q -m gpu tests/kernels "${parallel[@]}" "$@"
         "$PYTHON" -m pytest -q tests/kernels/test_self_test.py tests/kernels/test_backends.py
     fi
 }
