@@ -153,15 +153,16 @@ struct Rows {
     std::vector<float> scratch, columns;
     NormRows given = {};
 
-    Rows(const Job &of, Task what, int64_t width) : job(of), task(what), k(of, what), scratch(3 * width), columns(what == BACKWARD ? 2 * width : 0) {
-        given.width = width, given.dtype = (int)job.dtype, given.moved_dtype = (int)job.moved_dtype, given.silu = job.silu;
-        given.centred = job.centred, given.eps = job.eps, given.scratch = scratch.data();
-        given.da = columns.data(), given.db = columns.data() + width;
+    /* period: rows with coefficients of their own, one after another; 1 where they are a sample's */
+    Rows(const Job &of, Task what, int64_t width, int64_t period = 1)
+        : job(of), task(what), k(of, what), scratch(3 * width * rows_together(width)), columns(what == BACKWARD ? 2 * width * period : 0) {
+        given.width = width, given.step = period == 1 ? 0 : width, given.dtype = (int)job.dtype, given.moved_dtype = (int)job.moved_dtype;
+        given.silu = job.silu, given.centred = job.centred, given.eps = job.eps, given.scratch = scratch.data();
     }
 
-    void take(int64_t row, int64_t count, const float *a, const float *b, const float *ta, const float *tb) {
+    void take(int64_t row, int64_t count, const float *a, const float *b, const float *ta, const float *tb, float *da, float *db) {
         const int64_t start = row * given.width;
-        given.count = count, given.a = a, given.b = b, given.ta = ta, given.tb = tb;
+        given.count = count, given.a = a, given.b = b, given.ta = ta, given.tb = tb, given.da = da, given.db = db;
         given.x = (const char *)job.x + start * item_size(job.dtype), given.out = (char *)job.out + start * item_size(job.dtype);
         given.moved = (const char *)job.moved + start * item_size(job.moved_dtype);
         given.mean = job.mean + row, given.rstd = job.rstd + row;
@@ -172,9 +173,10 @@ struct Rows {
     void run(int64_t first, int64_t last, double *sums) {
         std::fill(columns.begin(), columns.end(), 0.0f);
         for (int64_t row = first; row < last; row += given.count) {
-            const int64_t b = row / job.positions;
+            const int64_t b = row / job.positions, count = std::min(last, (b + 1) * job.positions) - row;
             k.read(b);
-            take(row, std::min(last, (b + 1) * job.positions) - row, k.a.data(), k.b.data(), k.ta.data(), k.tb.data());
+            float *da = columns.data(), *db = columns.empty() ? nullptr : da + given.width;
+            take(row, count, k.a.data(), k.b.data(), k.ta.data(), k.tb.data(), da, db);
         }
         if (sums) std::copy(columns.begin(), columns.end(), sums);
     }
@@ -185,11 +187,11 @@ constexpr int64_t SMALL_PLANE = 64;
 /* Groups of small planes as rows of all their elements, with every channel's coefficients repeated along its plane. */
 void small_planes(const Job &job, Task task, int64_t first_row, int64_t last_row) {
     const int64_t G = job.groups, C = job.channels, S = job.positions, width = C / G * S;
-    Rows rows(job, task, width);
+    Rows rows(job, task, width, G);
     std::vector<float> spread[4]; /* a, b, ta, tb */
     int64_t sample = -1;
-    for (int64_t row = first_row; row < last_row; ++row) {
-        const int64_t b = row / G, from = row % G * width;
+    for (int64_t row = first_row; row < last_row; row += rows.given.count) {
+        const int64_t b = row / G, count = std::min(last_row, (b + 1) * G) - row, from = row % G * width;
         rows.k.read(b);
         if (rows.k.sample != sample) {
             sample = rows.k.sample;
@@ -200,12 +202,13 @@ void small_planes(const Job &job, Task task, int64_t first_row, int64_t last_row
             }
         }
         std::fill(rows.columns.begin(), rows.columns.end(), 0.0f);
-        const bool moving = task == TANGENT;
-        rows.take(row, 1, &spread[0][from], &spread[1][from], moving ? &spread[2][from] : nullptr, moving ? &spread[3][from] : nullptr);
-        for (int64_t c = 0; task == BACKWARD && c < C / G; ++c) {
+        const bool moving = task == TANGENT, back = task == BACKWARD;
+        float *da = back ? &rows.columns[from] : nullptr, *db = back ? da + C * S : nullptr;
+        rows.take(row, count, &spread[0][from], &spread[1][from], moving ? &spread[2][from] : nullptr, moving ? &spread[3][from] : nullptr, da, db);
+        for (int64_t c = from / S; back && c < from / S + count * (C / G); ++c) {
             double sums[2] = {0, 0};
-            for (int64_t i = c * S; i < (c + 1) * S; ++i) sums[0] += rows.columns[i], sums[1] += rows.columns[width + i];
-            job.da[b * C + row % G * (C / G) + c] = (float)sums[0], job.db[b * C + row % G * (C / G) + c] = (float)sums[1];
+            for (int64_t i = c * S; i < (c + 1) * S; ++i) sums[0] += rows.columns[i], sums[1] += rows.columns[C * S + i];
+            job.da[b * C + c] = (float)sums[0], job.db[b * C + c] = (float)sums[1];
         }
     }
 }

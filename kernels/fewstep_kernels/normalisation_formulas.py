@@ -145,11 +145,10 @@ def parameter_gradients(
     """Gradients of the parameters from those of a and b [B, C] and of z [B, C, ...]."""
     weight, bias, scale, _, added = given
     found: list[Tensor | None] = [None] * len(given)
-    kept = 1.0 if scale is None else 1 + scale.to(da.dtype)
-    if needs[0]:
-        found[0] = (da * kept).sum(0)
-    if needs[1]:
-        found[1] = (db * kept).sum(0)
+    if needs[0] or needs[1]:
+        kept = 1.0 if scale is None else 1 + scale.to(da.dtype)
+        found[0] = (da * kept).sum(0) if needs[0] else None
+        found[1] = (db * kept).sum(0) if needs[1] else None
     if needs[2]:
         dscale = da if weight is None else da * weight.to(da.dtype)
         found[2] = dscale if bias is None else dscale + db * bias.to(db.dtype)

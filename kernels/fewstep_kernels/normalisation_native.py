@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
+import struct
 
 from torch import Tensor
 
 from . import native
 from .normalisation_formulas import Form, Parameters
 
-_int, _pointer = ctypes.c_int64, ctypes.c_void_p
-_PARAMETERS = (*Parameters._fields, "ta", "tb", "tadded")
-
-
-class _Tensor(ctypes.Structure):
-    _fields_ = (("data", _int), ("batch_stride", _int), ("dtype", _int))
-
-
-class _Job(ctypes.Structure):
-    _fields_ = (
-        *((name, _int) for name in ("batch", "channels", "positions", "groups", "channels_last", "centred", "silu")),
-        ("eps", ctypes.c_double),
-        ("x", _pointer),
-        ("dtype", _int),
-        ("moved", _pointer),
-        ("moved_dtype", _int),
-        *((name, _pointer) for name in ("out", "mean", "rstd", "da", "db")),
-        *((name, _Tensor) for name in _PARAMETERS),
-    )
+_JOB = struct.Struct(
+    "7qd33q"
+)  # fewstep_normalisation: sizes and options; eps; nine addresses and dtypes; eight tensors
+_ABSENT = (0, 0, 0)
 
 
 def _call(
@@ -38,30 +23,33 @@ def _call(
     out: Tensor,
     parameters: tuple[Tensor | None, ...],
     moved: Tensor | None,
-    **results,
+    results: tuple[Tensor | None, ...],
 ) -> None:
-    job = _Job(groups=form.groups, centred=form.centred, silu=form.silu, eps=form.eps)
-    job.batch, job.channels = x.shape[0], x.shape[1] if form.groups else x.shape[-1]
-    job.positions = math.prod(x.shape[2:] if form.groups else x.shape[1:-1])
-    job.channels_last = bool(form.groups) and not x.is_contiguous()
-    job.x, job.dtype, job.out = x.data_ptr(), native.DTYPES[x.dtype], out.data_ptr()
+    """parameters: a Parameters and, where given, the tangents of a, b and input_shift; results: mean, rstd, da, db."""
+    code = native.DTYPES[x.dtype]
+    numbers = [x.data_ptr(), code, 0, 0, out.data_ptr()]
     if moved is not None:
-        job.moved, job.moved_dtype = moved.data_ptr(), native.DTYPES[moved.dtype]
-    for word, result in results.items():
-        setattr(job, word, result.data_ptr())
+        numbers[2:4] = moved.data_ptr(), native.DTYPES[moved.dtype]
+    numbers += [0 if result is None else result.data_ptr() for result in results]
     kept = []  # copies must outlive the call
-    for word, p in zip(_PARAMETERS, parameters):
-        if p is not None:
-            if p.stride(-1) != 1:
-                p = p.contiguous()
-                kept.append(p)
-            stride = p.stride(0) if p.ndim == 2 and p.shape[0] > 1 else 0
-            setattr(job, word, _Tensor(p.data_ptr(), stride, native.DTYPES[p.dtype]))
-    native.call(name, x, ctypes.byref(job))
+    for p in parameters:
+        if p is None:
+            numbers += _ABSENT
+            continue
+        if p.stride(-1) != 1:
+            p = p.contiguous()
+            kept.append(p)
+        numbers += p.data_ptr(), p.stride(0) if p.ndim == 2 and p.shape[0] > 1 else 0, native.DTYPES[p.dtype]
+    numbers += _ABSENT * (8 - len(parameters))
+    shape, groups = x.shape, form.groups
+    channels, places = (shape[1], shape[2:]) if groups else (shape[-1], shape[1:-1])
+    last, centred = bool(groups) and not x.is_contiguous(), form.centred
+    job = _JOB.pack(shape[0], channels, math.prod(places), groups, last, centred, form.silu, form.eps, *numbers)
+    native.call(name, x, job)
 
 
 def forward(form: Form, x: Tensor, given: Parameters, y: Tensor, mean: Tensor, rstd: Tensor) -> None:
-    _call("normalise", form, x, y, given, None, mean=mean, rstd=rstd)
+    _call("normalise", form, x, y, given, None, (mean, rstd, None, None))
 
 
 def backward(
@@ -75,7 +63,7 @@ def backward(
     da: Tensor,
     db: Tensor,
 ) -> None:
-    _call("normalise_backward", form, x, dx, given, gradient, mean=mean, rstd=rstd, da=da, db=db)
+    _call("normalise_backward", form, x, dx, given, gradient, (mean, rstd, da, db))
 
 
 def tangent(
@@ -88,4 +76,4 @@ def tangent(
     tadded: Tensor | None,
     ty: Tensor,
 ) -> None:
-    _call("normalise_tangent", form, x, ty, (*given, ta, tb, tadded), tx)
+    _call("normalise_tangent", form, x, ty, (*given, ta, tb, tadded), tx, (None,) * 4)
