@@ -148,7 +148,7 @@ EDM, FLOW = schedules.get("edm"), schedules.get("flow")
             lambda: solvers.plan("dpmpp_2m_sde", EDM, 2, grid=[0.1, 0.5, 1.0]),
             "solver 'dpmpp_2m_sde' got a rising grid; inversion is deterministic",
         ),
-        (lambda: solvers.plan("plms", EDM, 4, order=2), "solver 'plms' takes no option 'order'; it has none"),
+        (lambda: solvers.plan("scm", EDM, 4, order=2), "solver 'scm' takes no option 'order'; it has none"),
         (lambda: solvers.plan("deis", EDM, 4, coordinate="tau"), "coordinate of solver 'deis', 'tau' is not known"),
         (lambda: solvers.plan("ddpm", EDM, 4, variance="large"), "variance of solver 'ddpm', 'large' is not known"),
         (lambda: solvers.plan("ddpm", EDM, 4, variance="analytic"), "takes noise_moments with variance='analytic'"),
