@@ -2,6 +2,7 @@
 #pragma once
 #include "element.h"
 #include <stdint.h>
+#include <string.h>
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -30,9 +31,10 @@ inline Words product(Words a, uint32_t b) {
 
 /* The four words of groups group, group + 1, ... */
 inline void philox(uint64_t group, uint32_t stream, uint64_t seed, Words words[4], uint32_t purpose = 0) {
+    static const uint64_t numbers[8] = {0, 1, 2, 3, 4, 5, 6, 7};
     Words c0, c1, c2 = Words{} + stream, c3 = Words{} + purpose;
-    for (int64_t i = 0; i < LANES; ++i) c0[i] = group + (uint64_t)i;
-    c1 = c0 >> 32;
+    memcpy(&c0, numbers, WIDTH);
+    c0 += group, c1 = c0 >> 32;
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
