@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from . import attention_primal as primal
 from . import registration
-from .attention_reference import raw, reference
+from .attention_reference import compute, raw, reference
 
 
 def _gradients(gradient, q, k, v, out, lse, mask, causal, scale, with_mask) -> tuple[Tensor | None, ...]:
@@ -160,9 +160,11 @@ def carry(q, k, v, tq, tk, tv, mask, causal, scale, tmask=None) -> tuple[Tensor,
     """(out, d_out, log-sum-exp) of checked arguments."""
     if tmask is not None or registration.tracing():
         return reference(q, k, v, tq, tk, tv, mask, causal, scale, tmask, whole=registration.tracing())
-    if registration.differentiating([x for x in (q, k, v, tq, tk, tv, mask) if x is not None]):
+    given = [x for x in (q, k, v, tq, tk, tv, mask) if x is not None]
+    if registration.differentiating(given):
         return _differentiable(_Tangent)(q, k, v, tq, tk, tv, mask, causal, scale)
-    return raw(q, k, v, tq, tk, tv, mask, causal, scale)
+    direct = registration.quiet() and registration.plain(given)
+    return (compute if direct else raw)(q, k, v, tq, tk, tv, mask, causal, scale)
 
 
 def attend(q, k, v, mask, causal, scale) -> tuple[Tensor, Tensor]:

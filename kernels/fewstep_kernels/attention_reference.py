@@ -70,7 +70,8 @@ def reference(
     return out, tangent, lse
 
 
-def _attention_jvp(q, k, v, tq, tk, tv, mask, causal, scale):
+def compute(q, k, v, tq, tk, tv, mask, causal, scale) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, d_out, log-sum-exp) by the backend of the tensors' device; knows no derivatives, as `raw` does not."""
     served = backends.choose("attention_jvp", q.device.type)[0]
     if served == "cpu" and attention_native.serves(q, k, v):
         return attention_native.call(q, k, v, tq, tk, tv, mask, causal, scale)
@@ -90,6 +91,6 @@ def _empty(q, k, v, tq, tk, tv, mask, causal, scale):
 raw = registration.define(
     "_attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? mask, bool causal, "
     "float scale) -> (Tensor, Tensor, Tensor)",
-    _attention_jvp,
+    compute,
     _empty,
 )
