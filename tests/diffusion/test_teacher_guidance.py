@@ -132,6 +132,15 @@ def test_at_a_clean_end_the_estimate_is_the_sample():
     torch.testing.assert_close(found, x, rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.parametrize(("bounds", "acts"), [({"sigma_low": 0.5}, True), ({"sigma_high": 5.0}, False)])
+def test_at_pure_noise_the_level_is_above_every_bound(bounds, acts):
+    """alpha is 0 there, where consistency distillation's first node and DMD2's student start."""
+    schedule, x, t = schedules.get("flow"), start(), torch.ones(3, dtype=torch.float64)
+    form, answers = guidance.get({"name": "interval", "scale": 3.0, **bounds}), {"cond": x + 1.0, "uncond": x}
+    found = teacher_guidance.guided(form, x, t, answers, schedule, Denoiser(Net(), schedule, "flow").prediction)
+    torch.testing.assert_close(found, x + (3.0 if acts else 1.0), rtol=1e-14, atol=1e-14)
+
+
 UNFIT = {
     "cfg++": ({"scale": 0.5}, "a rule of what a solver puts back"),
     "classifier": ({"scale": 2.0}, "asks for a gradient that no artefact gives"),

@@ -7,7 +7,6 @@ so bounds on the noise level are decided on the device, sample by sample; the we
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -108,9 +107,12 @@ def _column(value: Real, t: Tensor, dtype: torch.dtype) -> Tensor:
 def _within(form: Guidance, t: Tensor, schedule: Schedule) -> Tensor:
     """bool [B]: where the noise level sigma/alpha is above `sigma_low` and at most `sigma_high`."""
     alpha, sigma = _column(schedule.alpha(t), t, t.dtype), _column(schedule.sigma(t), t, t.dtype)
-    low = -math.inf if form.sigma_low is None else form.sigma_low
-    high = math.inf if form.sigma_high is None else form.sigma_high
-    return (sigma > low * alpha) & (sigma <= high * alpha)
+    inside = torch.ones_like(sigma, dtype=torch.bool)
+    if form.sigma_low is not None:  # alpha may be 0, which an infinite bound must not multiply
+        inside &= sigma > form.sigma_low * alpha
+    if form.sigma_high is not None:
+        inside &= sigma <= form.sigma_high * alpha
+    return inside
 
 
 def stored(given: Any) -> Any:
