@@ -248,6 +248,7 @@ def test_low_precision_noise_keeps_its_dtype_and_accumulates_in_float32():
     ("make", "words"),
     [
         (lambda: gddim(CriticallyDamped(), [1.0, 0.0], order=4), "order=4; choose one of: 1, 2, 3"),
+        (lambda: gddim(CriticallyDamped(), [1.0, 0.0], order=1.0), "order=1.0; choose one of: 1, 2, 3"),
         (lambda: gddim(CriticallyDamped(), [1.0, 0.0], prediction="x0"), "prediction of gDDIM, 'x0' is not known"),
         (lambda: gddim(CriticallyDamped(), [0.0, 1.0]), "give 2 or more that fall, from at most 1 to 0 or above"),
         (lambda: gddim(CriticallyDamped(), [1.5, 1.0]), "give 2 or more that fall"),
@@ -267,6 +268,15 @@ def test_low_precision_noise_keeps_its_dtype_and_accumulates_in_float32():
         (
             lambda: gddim(CriticallyDamped(), [0.9, 0.0]).sample(lambda x, t: x[:, :1], torch.zeros(1, 2, 2, 2)),
             "they must be alike",
+        ),
+        (
+            lambda: gddim(CriticallyDamped(), [0.9, 0.0]).sample(lambda x, t: None, torch.zeros(1, 2, 2, 2)),
+            "answered NoneType to a state",
+        ),
+        (lambda: gddim(CriticallyDamped(), [0.9, 0.0]).sample(lambda x, t: x, torch.zeros(2)), r"\[2\]; give a float"),
+        (
+            lambda: gddim(CriticallyDamped(), [0.9, 0.0]).sample(lambda x, t: x, torch.zeros(1, 2, 2, 2).long()),
+            "torch.int64",
         ),
     ],
 )

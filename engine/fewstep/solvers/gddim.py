@@ -44,6 +44,9 @@ class Gddim:
         network(x, t, cond) is told the state and the process's time [B] and answers what it predicts of that shape;
         `cond` is left out where it is None. One evaluation a step.
         """
+        if not isinstance(noise, Tensor) or noise.ndim != 4 or not noise.is_floating_point():
+            given = f"{noise.dtype} {list(noise.shape)}" if isinstance(noise, Tensor) else type(noise).__name__
+            raise UserError(f"noise is {given}; give a floating-point tensor [B, C, H, W] of standard normal numbers.")
         with torch.no_grad():
             process = self.process
             dtype = coefficient_dtype(noise)
@@ -54,10 +57,9 @@ class Gddim:
                 x = process.state(parts).to(noise.dtype)
                 told = torch.full(x.shape[:1], t, dtype=dtype, device=x.device)
                 answer = network(x, told) if cond is None else network(x, told, cond)
-                if answer.shape != x.shape:
-                    raise UserError(
-                        f"the network answered {list(answer.shape)} to a state {list(x.shape)}; they must be alike."
-                    )
+                if not isinstance(answer, Tensor) or answer.shape != x.shape:
+                    said = list(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+                    raise UserError(f"the network answered {said} to a state {list(x.shape)}; they must be alike.")
                 found = process.parts(answer.to(dtype))
                 past = [found if read is None else apply(read, found), *past][: len(ORDERS)]
                 parts = apply(keep, parts)
@@ -81,7 +83,7 @@ def gddim(process: Process, times: Sequence[float], *, order: int = 1, predictio
     order: 1 to 3, reached by a warm-up of orders 1, 2, ... prediction: what the network answers, the paper's "eps" =
     -R^T score, or "score" itself. Exact for a point mass in any steps of any order.
     """
-    if isinstance(order, bool) or order not in ORDERS:
+    if type(order) is not int or order not in ORDERS:
         raise UserError(f"gDDIM got order={order!r}; choose one of: {', '.join(map(str, ORDERS))}.")
     if prediction not in PREDICTIONS:
         raise choose("prediction of gDDIM,", prediction, PREDICTIONS)
