@@ -21,9 +21,10 @@ def test_the_pages_tables_are_the_records():
     """`python benchmarks/learned_samplers.py` mends it."""
     page = (ROOT / "docs/solvers.md").read_text(encoding="utf-8")
     assert SCRIPT["written"](page, RECORD) == page
-    assert not RECORD["searches"]["quick"]
+    assert not RECORD["searches"]["quick"] and not RECORD["genie"]["quick"]
     searches = [(row["solver"], row["steps"], row["noises"]) for row in RECORD["searches"]["rows"]]
     assert searches == list(SCRIPT["SEARCHES"])
+    assert list(RECORD["genie"]["rows"]) == [str(calls) for calls in SCRIPT["CALLS"]]
 
 
 def test_the_records_of_what_descent_does_not_search_are_what_is_measured_now():
@@ -46,6 +47,12 @@ def test_what_the_page_says_of_searches():
             assert row["gits"] == max(row.values())
     few, many = rows["ddim", 6, 64], rows["ddim", 6, 256]
     assert all(few[way] < 1.1 * many[way] for way in ("times", "coefficients", "both"))
+
+
+def test_what_the_page_says_of_genies_head():
+    for row in RECORD["genie"]["rows"].values():
+        assert 1 / 2 < row["head"] / row["ddim"] < 5 / 6
+        assert row["dpmpp_2m"] < row["head"]
 
 
 def test_a_quick_run_writes_its_record_and_leaves_the_page_alone(tmp_path, monkeypatch):
