@@ -42,6 +42,9 @@ def _checked(name: str, q, k, v, tangents, mask, scale) -> tuple[list[Any], Tens
     kinds = {x.dtype for x in tensors if x is not None}
     if len(kinds) > 1:
         raise TypeError(f"{name} takes tensors of one dtype; got {', '.join(sorted(str(kind) for kind in kinds))}.")
+    for x in (*tensors, mask):
+        if isinstance(x, Tensor) and x.device != q.device:
+            raise ValueError(f"{name} takes tensors of one device; got {q.device} and {x.device}.")
     (batch, heads, rows, width), (key_heads, keys) = q.shape, k.shape[1:3]
     if k.shape != (batch, key_heads, keys, width) or v.shape[:3] != k.shape[:3]:
         raise ValueError(

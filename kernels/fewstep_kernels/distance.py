@@ -277,6 +277,8 @@ def _weights(name: str, a: Tensor, b: Tensor, weight: Tensor | None) -> tuple[Te
         if not isinstance(x, Tensor) or not x.is_floating_point():
             given = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name} takes floating-point tensors; got {given}.")
+        if x.device != a.device:
+            raise ValueError(f"{name} takes tensors of one device; got {a.device} and {x.device}.")
     if a.shape != b.shape or a.ndim == 0:
         raise ValueError(f"{name} takes two tensors of one shape [B, ...]; got {list(a.shape)} and {list(b.shape)}.")
     if weight is None:

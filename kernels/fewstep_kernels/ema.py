@@ -283,7 +283,7 @@ def ema_update(
     parameters = list(parameters)
     profiles, decays = cast(
         "tuple[list[Sequence[Tensor]], list[Scalar]]",
-        (list(averages), list(decay)) if isinstance(decay, Sequence) else ([averages], [decay]),
+        ([*map(list, averages)], list(decay)) if isinstance(decay, Sequence) else ([list(averages)], [decay]),
     )
     if len(profiles) != len(decays):
         raise ValueError(

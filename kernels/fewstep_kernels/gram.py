@@ -180,6 +180,8 @@ def gram(inputs: Sequence[Tensor], combinations: Sequence[Sequence[float]] | Non
             raise TypeError(f"gram takes floating-point tensors; got {given}.")
         if x.shape != inputs[0].shape or x.ndim == 0:
             raise ValueError(f"gram takes tensors of one shape [B, ...]; got {[list(x.shape) for x in inputs]}.")
+        if x.device != inputs[0].device:
+            raise ValueError(f"gram takes tensors of one device; got {inputs[0].device} and {x.device}.")
     table: Table = ()
     if combinations is not None:
         table = tuple(tuple(float(w) for w in row) for row in combinations)

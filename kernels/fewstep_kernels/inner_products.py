@@ -252,6 +252,9 @@ def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     shapes = {tuple(x.shape) for x in (*left, *right)}
     if len(shapes) > 1 or () in shapes:
         raise ValueError(f"inner_products takes tensors of one shape [B, ...]; got {sorted(shapes)}.")
+    devices = sorted({str(x.device) for x in (*left, *right)})
+    if len(devices) > 1:
+        raise ValueError(f"inner_products takes tensors of one device; got {' and '.join(devices)}.")
     if registration.tracing() or registration.differentiating((*left, *right)):
         return reference(left, right)
     return products(left, right, (), False)[0]

@@ -45,8 +45,11 @@ def quiet() -> bool:
 
 
 def plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether all are tensors of torch's own, none wrapped by a transform (one may be where no level is active)."""
-    return all(type(x) in (Tensor, Parameter) and not is_functorch_wrapped_tensor(x) for x in tensors)
+    """Whether all are tensors of torch's own, none negated by a bit (as an imaginary part of a conjugate is) or wrapped
+    by a transform (one may be where no level is active)."""
+    return all(
+        type(x) in (Tensor, Parameter) and not x.is_neg() and not is_functorch_wrapped_tensor(x) for x in tensors
+    )
 
 
 def differentiating(tensors: Iterable[Tensor]) -> bool:

@@ -249,6 +249,8 @@ def test_what_does_not_fit_is_refused_in_one_sentence():
         attention(q[0], k, v)
     with pytest.raises(TypeError, match=r"one dtype; got torch\.float32, torch\.float64"):
         attention(q.float(), k, v)
+    with pytest.raises(ValueError, match="one device; got cpu and meta"):
+        attention_jvp(q, k.to("meta"), v, *tangents)
     with pytest.raises(ValueError, match=r"takes q \[B, H, N, D\], k .* got \[2, 4, 9, 16\]"):
         attention(q, k[..., :8], v)
     with pytest.raises(ValueError, match="multiple of the keys' 2 heads as query heads; got 3"):

@@ -167,6 +167,16 @@ def test_what_does_not_fit_is_said():
         pseudo_huber(a, b, c=0)
     with pytest.raises(TypeError, match="floating-point"):
         l2(a, torch.ones(2, 3, dtype=torch.int64))
+    for given in ((a, b.to("meta")), (a.clone().requires_grad_(), b.to("meta")), (a, b, b.to("meta"))):
+        with pytest.raises(ValueError, match="one device; got cpu and meta"):
+            l2(*given)
+
+
+def test_a_tensor_negated_by_a_bit():
+    a, b = torch.randn(6, dtype=torch.complex64).conj().imag, draw(6)
+    assert a.is_neg()
+    assert torch.equal(l2(a, b), l2(a.resolve_neg(), b))
+    assert torch.equal(fk.gram([a, b]).products, fk.gram([a.resolve_neg(), b]).products)
 
 
 PRIMALS = (draw(3, 7, dtype=torch.float64), draw(3, 7, dtype=torch.float64), draw(3, 7, dtype=torch.float64).abs())

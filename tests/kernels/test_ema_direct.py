@@ -28,6 +28,14 @@ def test_plain_averages_go_directly_and_get_the_operators_bits(given):
     assert all(torch.equal(x, y) for own, other in zip(averages, expected) for x, y in zip(own, other))
 
 
+def test_averages_stacked_in_one_tensor():
+    """Its rows are new objects at every look."""
+    stacked, rows = torch.zeros(2, 50, 7), [torch.full((7,), float(i)) for i in range(50)]
+    fk.ema_update(stacked[0], rows, 0.0)
+    fk.ema_update(stacked, rows, [0.0, 0.5])
+    assert torch.equal(stacked, torch.stack(rows) * torch.tensor([1.0, 0.5]).view(2, 1, 1))
+
+
 class Marked(torch.Tensor):
     pass
 

@@ -106,6 +106,8 @@ def test_what_does_not_fit_is_said():
     x = draw(2, 3)
     with pytest.raises(ValueError, match="one to 6 tensors; got 7"):
         gram([x] * 7)
+    with pytest.raises(ValueError, match="one device; got cpu and meta"):
+        gram([draw(2, 3), torch.ones(2, 3, device="meta")])
     with pytest.raises(ValueError, match="one shape"):
         gram([x, draw(2, 4)])
     with pytest.raises(TypeError, match=r"floating-point tensors; got torch\.int64"):

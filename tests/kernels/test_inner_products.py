@@ -59,6 +59,8 @@ def test_derivatives():
 def test_what_does_not_fit_is_said():
     with pytest.raises(ValueError, match="at least one tensor"):
         inner_products([], [draw(2, 3)])
+    with pytest.raises(ValueError, match="one device; got cpu and meta"):
+        inner_products([torch.ones(2, 3)], [torch.ones(2, 3, device="meta")])
     with pytest.raises(ValueError, match="one shape"):
         inner_products([draw(2, 3)], [draw(2, 4)])
 
