@@ -103,22 +103,24 @@ def test_stable_audios_sampler_is_sde_2m_on_the_cosine_schedule(grid, slope, ord
             assert ours_told == pytest.approx(told, abs=1e-6)
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("kind", ["eps", "x0", "v"])
-def test_cogvideos_samplers_are_ddim_and_sde_2m(kind, monkeypatch):
+def test_cogvideos_samplers_are_ddim_and_sde_2m(kind, spacing, monkeypatch):
     from diffusers.schedulers import scheduling_dpm_cogvideox
 
     made = {
         "prediction_type": NAMES[kind],
         "snr_shift_scale": 1.0,  # elsewhere its schedule is none of ours
-        "timestep_spacing": "trailing",
+        "timestep_spacing": spacing,
         "rescale_betas_zero_snr": False,
     }
     for steps in STEPS:
-        if 1000 % steps:
-            continue  # its target is t - 1000 // N, as DDIM's
         scheduler = tabled("CogVideoXDDIMScheduler", **made, clip_sample=False)
         scheduler.set_timesteps(steps)
-        compare(planned("ddim", steps, "trailing", kind), scheduler, monkeypatch)
+        grid, stride = {"name": spacing, "offset": 0} if spacing == "leading" else spacing, {}
+        if 1000 % steps or spacing == "linspace":  # its target is t - 1000 // N, as DDIM's
+            grid, stride = [*(float(t) for t in scheduler.timesteps), -1.0], {"stride": 1000 // steps}
+        compare(planned("ddim", steps, grid, kind, **stride), scheduler, monkeypatch)
         scheduler = tabled("CogVideoXDPMScheduler", **made)
         scheduler.set_timesteps(steps)
         net, x, old, before = Net(), START, None, None
@@ -128,7 +130,7 @@ def test_cogvideos_samplers_are_ddim_and_sde_2m(kind, monkeypatch):
                 patch.setattr(scheduling_dpm_cogvideox, "randn_tensor", lambda *_, drawn=drawn, **__: drawn)
                 x, old = scheduler.step(net.guided(x, t, COND), old, t, before, x)
                 before = t
-        found, told = ours(planned("dpmpp_2m_sde", steps, "trailing", kind))
+        found, told = ours(planned("dpmpp_2m_sde", steps, grid, kind, **stride))
         assert apart(found, x) < 1e-9 and told == net.times
 
 

@@ -86,17 +86,22 @@ def test_ddpm(spacing, variance, kind, monkeypatch):
 
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("kind", ["eps", "v"])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("spacing", SPACINGS)
 def test_pndm(spacing, kind, skip, monkeypatch):
     """It mixes v as it comes. Runge-Kutta needs four steps of the grid; the target is a stride away, as DDIM's."""
-    for steps in STEPS:
-        if (steps < 4 and not skip) or (1000 % steps and spacing == "trailing"):
+    for steps in (*STEPS, 7):
+        if steps < 4 and not skip:
             continue
-        made = {"skip_prk_steps": skip, "steps_offset": 1, "set_alpha_to_one": False, "timestep_spacing": spacing}
+        to_one = spacing == "linspace"  # whose last index is 0, from where index 0 is nowhere
+        made = {"skip_prk_steps": skip, "steps_offset": 1, "set_alpha_to_one": to_one, "timestep_spacing": spacing}
         scheduler = tabled("PNDMScheduler", **made, prediction_type=NAMES[kind])
         scheduler.set_timesteps(steps)
-        mixed = {"mixed": "output"} if kind == "v" else {}
-        plan = planned("plms" if skip else "pndm", steps, {"name": spacing, "end": 0.0}, kind, **mixed)
+        grid: Any = {"name": spacing, "end": 0.0}
+        options: dict[str, Any] = {"mixed": "output"} if kind == "v" else {}
+        if 1000 % steps or spacing == "linspace":
+            grid = [*(float(t) for t in scheduler._timesteps[::-1]), -1.0 if to_one else 0.0]
+            options["stride"] = 1000 // steps
+        plan = planned("plms" if skip else "pndm", steps, grid, kind, **options)
         compare(plan, scheduler, monkeypatch)
 
 

@@ -4,13 +4,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import Schedule
 from fewstep.errors import UserError
-from fewstep.solvers import rows
+from fewstep.solvers import multistep, rows
 from fewstep.solvers.plans import Row
 from fewstep.solvers.registry import register
 
@@ -30,17 +29,15 @@ def ddim(
     `unbounded_noise` matters where clean estimates are bounded (`clip`, `threshold`): the noise estimate is then the
     network's own, and not the one that follows from the bounded estimate (diffusers' use_clipped_model_output=False).
 
-    `stride` reproduces diffusers' target, t - 1000 // N rather than the next time of the grid: where the two differ, as
-    on "linspace", the state is at another level than the network is told.
+    `stride` reproduces diffusers' target, t - 1000 // N rather than the next time of the grid (multistep.steps): the
+    two differ on "linspace", for one.
     """
     if not 0.0 <= eta <= 1.0:
         raise UserError(f"solver 'ddim' got eta={eta!r}; give a number from 0 (deterministic) to 1 (ancestral).")
     if eta > 0.0 and times[-1] > times[0]:
         raise UserError(f"solver 'ddim' got eta={eta!r} on a rising grid; inversion is deterministic, give eta=0.")
     table = []
-    for step, (t, s) in enumerate(itertools.pairwise(times)):
-        if stride is not None:
-            s = t - stride if t - stride >= 0.0 else times[-1]
+    for step, (t, s) in enumerate(multistep.steps(times, stride)):
         if eta == 0.0:
             of_x, of_denoised = rows.jump(schedule, t, s)
             of_noise = 0.0

@@ -66,11 +66,12 @@ def _multistep(
     curvature: str = "exact",
     strength: float = 0.0,
     noise_scale: float = 1.0,
+    stride: float | None = None,
 ) -> list[Row]:
     """One exponential row a step, of the given orders, over a ring of past estimates."""
     depth, table = max(orders) - 1, []
     current = "D" if form == "x0" else "E"
-    for step, (t, s) in enumerate(itertools.pairwise(times)):
+    for step, (t, s) in enumerate(multistep.steps(times, stride)):
         names = multistep.ring(step, depth, current)[: orders[step]]
         estimates = {name: times[step - j] for j, name in enumerate(names)}
         update = multistep.exponential(
@@ -129,15 +130,17 @@ def dpmpp_2m_sde(
     form: str = "x0",
     lower_order_final: bool | int = False,
     euler_at_final: bool = False,
+    stride: float | None = None,
 ) -> list[Row]:
     """`eta` = tau^2 is the strength of the SDE (k-diffusion's eta): 0 is dpmpp_2m, 1 the reverse SDE; `noise_scale`
     multiplies its noise. `slope` as dpmpp_2m's variant; no noise is drawn where sigma' = 0. `form`: "x0", or "eps" for
-    the integrals of noise estimates (SDE-DPM-Solver, without ++).
+    the integrals of noise estimates (SDE-DPM-Solver, without ++). `stride` as ddim's (diffusers' CogVideoX).
     """
     multistep.chosen("dpmpp_2m_sde", "form", form, multistep.FORMS)
     order = multistep.chosen_order("dpmpp_2m_sde", order, 2, (1, 2), len(times) - 1)
     orders = multistep.orders(len(times) - 1, order, lower_order_final, euler_at_final)
-    return _sde("dpmpp_2m_sde", schedule, times, orders, eta=eta, noise_scale=noise_scale, slope=slope, form=form)
+    options = {"noise_scale": noise_scale, "slope": slope, "form": form, "stride": stride}
+    return _sde("dpmpp_2m_sde", schedule, times, orders, eta=eta, **options)
 
 
 @register("dpmpp_3m_sde", "weak order 2 with a small constant, one evaluation a step; k-diffusion's 3M SDE")

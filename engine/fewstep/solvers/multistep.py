@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -48,6 +49,22 @@ def falling(solver: str, times: Sequence[float], why: str) -> None:
     """Refuses a rising grid."""
     if times[-1] > times[0]:
         raise UserError(f"solver {solver!r} got a rising grid; {why}")
+
+
+def steps(times: Sequence[float], stride: float | None = None) -> list[tuple[float, float]]:
+    """Every step's (from, to): the grid's own, or with `stride` diffusers' jumps of T // N whatever the next time is.
+
+    A falling step starts at its time t and goes to t - stride, or to the grid's end where that is below index 0; a
+    rising one (DDIM's inversion) goes to its time and comes from a stride below. Where the two differ from the grid,
+    the state is at another level than the network is told.
+    """
+    if stride is None:
+        return list(itertools.pairwise(times))
+    if not stride > 0:
+        raise UserError(f"stride is {stride!r}; give a number of indices above 0 (1000 // N reproduces diffusers).")
+    if times[-1] > times[0]:
+        return [(s - stride if s - stride >= 0.0 else times[0], s) for s in times[1:]]
+    return [(t, t - stride if t - stride >= 0.0 else times[-1]) for t in times[:-1]]
 
 
 def above_zero(solver: str, option: str, schedule: Schedule, times: Sequence[float]) -> None:

@@ -64,43 +64,71 @@ def _mixing(solver: str, schedule: Schedule, prediction: Prediction, mixed: str)
     return "F", mean
 
 
+def _strided(solver: str, times: Sequence[float], stride: float | None) -> None:
+    if stride is not None:
+        multistep.falling(solver, times, "a stride only goes down, leave it out.")
+
+
 @register("plms", "order 2 on smooth grids, N + 1 evaluations for N steps; 2202.09778 as in Stable Diffusion")
-def plms(schedule: Schedule, times: Sequence[float], *, prediction: Prediction, mixed: str = "noise") -> list[Row]:
+def plms(
+    schedule: Schedule,
+    times: Sequence[float],
+    *,
+    prediction: Prediction,
+    mixed: str = "noise",
+    stride: float | None = None,
+) -> list[Row]:
     """The first step is a pseudo-Heun step (two evaluations), then Adams-Bashforth 2, 3, 4; one step alone is DDIM.
 
     `mixed`: "noise" takes means of noise estimates, "output" of raw network outputs, which the present state then makes
     a noise estimate (diffusers: the same for networks that predict eps, of order 1 for those that predict v or flow).
+
+    `stride` as ddim's; the second evaluation, told the grid's next time, then repeats the step from a stride above it.
     """
     current, mean = _mixing("plms", schedule, prediction, mixed)
+    _strided("plms", times, stride)
     table = []
-    for step, (t, s) in enumerate(itertools.pairwise(times)):
+    for step, (t, s) in enumerate(multistep.steps(times, stride)):
         update = _transfer(schedule, t, s, mean(t, _adams(step, 4, current), "x"))
         row = Row(t, s, {"x": update, **multistep.kept(step, 3, current)}, step)
         if step > 0 or len(times) == 2 or real.isinf(schedule.ratio(t)):
             table.append(row)
             continue
         table.append(Row(t, s, {**row.outputs, "base": {"x": 1.0}}, step))
-        both = mean(t, {current: 0.5, "d0": 0.5}, "base")
-        table.append(Row(s, s, {"x": _transfer(schedule, t, s, both, "base")}, step))
+        start, s = (t, s) if stride is None else (times[1] + stride, times[1])
+        both = mean(start, {current: 0.5, "d0": 0.5}, "base")
+        table.append(Row(s, s, {"x": _transfer(schedule, start, s, both, "base")}, step))
     return table
 
 
 @register("pndm", "order 2 on smooth grids, N + 9 evaluations for N > 3 steps; 2202.09778")
-def pndm(schedule: Schedule, times: Sequence[float], *, prediction: Prediction, mixed: str = "noise") -> list[Row]:
+def pndm(
+    schedule: Schedule,
+    times: Sequence[float],
+    *,
+    prediction: Prediction,
+    mixed: str = "noise",
+    stride: float | None = None,
+) -> list[Row]:
     """The first three steps are pseudo-Runge-Kutta steps of four evaluations, with the middle at the mean of the times;
     then Adams-Bashforth 4. The last step is never a Runge-Kutta step. `mixed` as in plms.
+
+    `stride` as ddim's, of the Adams-Bashforth steps; of the others' middles one is then stride // 2 below the step's
+    start and one as far above its end, in whole indices, as in diffusers.
     """
     current, mean = _mixing("pndm", schedule, prediction, mixed)
-    table = []
+    _strided("pndm", times, stride)
+    strided, table = multistep.steps(times, stride), []
     for step, (t, s) in enumerate(itertools.pairwise(times)):
         if step >= min(3, len(times) - 2) or real.isinf(schedule.ratio(t)):
+            s = strided[step][1]
             update = _transfer(schedule, t, s, mean(t, _adams(step, 4, current), "x"))
             table.append(Row(t, s, {"x": update, **multistep.kept(step, 3, current)}, step))
             continue
-        middle = 0.5 * (t + s)
+        below, middle = (0.5 * (t + s),) * 2 if stride is None else (t - stride // 2, s + stride // 2)
         alone = {current: 1.0}
-        first = {"x": _transfer(schedule, t, middle, mean(t, alone, "x")), "base": {"x": 1.0}, _SUM: {current: 1 / 6}}
-        table.append(Row(t, middle, {**first, **multistep.kept(step, 3, current)}, step))
+        first = {"x": _transfer(schedule, t, below, mean(t, alone, "x")), "base": {"x": 1.0}, _SUM: {current: 1 / 6}}
+        table.append(Row(t, below, {**first, **multistep.kept(step, 3, current)}, step))
         for here, there in ((middle, middle), (middle, s)):
             update = _transfer(schedule, t, there, mean(t, alone, "base"), "base")
             table.append(Row(here, there, {"x": update, _SUM: {_SUM: 1.0, current: 1 / 3}}, step))
