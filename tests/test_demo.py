@@ -119,3 +119,27 @@ def test_a_demo_that_is_stopped_stops_its_jobs(number):
         demo.side_by_side({"job": ["doctor"]})
         pytest.fail("the job was over before the signal came")
     assert signal.getsignal(number) == before
+
+
+SLOW = """
+import sys, time
+print("ready", flush=True)
+time.sleep(20)
+open(sys.argv[-1], "w").close()
+"""
+
+
+def test_a_demo_in_a_scripts_background_stops_its_jobs_too(tmp_path, monkeypatch):
+    """There Ctrl-C is ignored, by the demo and by all that it starts."""
+    (tmp_path / "fewstep.py").write_text(SLOW)
+    monkeypatch.chdir(tmp_path)  # where python -m finds the job first
+    monkeypatch.setattr(
+        demo, "_show", lambda latest, last=False: latest and not last and os.kill(os.getpid(), signal.SIGTERM)
+    )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            demo.side_by_side({"job": [str(tmp_path / "ended")]})
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not (tmp_path / "ended").exists()

@@ -156,6 +156,8 @@ def side_by_side(jobs: Mapping[str, Sequence[str]], processes: int | None = None
         readers.append(threading.Thread(target=read, args=(name,), daemon=True))
         readers[-1].start()
 
+    # a script's background job and all it starts ignore Ctrl-C
+    interrupt = signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT
     asked = 0  # how often we were told to stop
 
     def stop(*_: object) -> None:
@@ -165,7 +167,7 @@ def side_by_side(jobs: Mapping[str, Sequence[str]], processes: int | None = None
     def hand_on() -> None:
         for process in running.values():
             if process.poll() is None:
-                process.send_signal(signal.SIGINT)
+                process.send_signal(interrupt)
 
     before = {}  # a terminated demo, or one whose terminal is closed, stops its jobs too
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
