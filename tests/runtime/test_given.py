@@ -78,8 +78,9 @@ def test_a_graph_says_what_it_needs(samplers, student_folder, graph, tmp_path):
     student, sampler = load(student_folder), samplers[1]
     with pytest.raises(UserError, match=r"needs a class for each image; give condition \(10 for none\)"):
         sampler(NOISE)
-    with pytest.raises(UserError, match="threads is -1"):
-        OnnxSampler(graph, threads=-1)
+    for threads in (-1, 0, 2.0, "4", True):
+        with pytest.raises(UserError, match=f"threads is {threads!r}"):
+            OnnxSampler(graph, threads=threads)
     convert_network(student).save(tmp_path / "network.onnx")
     network = OnnxNetwork(student.denoiser.net, tmp_path / "network.onnx")
     with pytest.raises(UserError, match="takes x, t, cond and is no sampler's"):
@@ -98,3 +99,16 @@ def test_a_bare_network_too_is_told_one_condition_for_each_sample(cond, guidance
     if guidance is not None:
         with pytest.raises(UserError, match=r"uncond is torch.float32 .* and noise holds 2 samples"):
             solvers.sample(lambda x, t, cond: x, plan, noise, several, uncond=cond)
+
+
+@pytest.mark.parametrize("classes", ["ten", '"10"', "[1]", "-3", "null"])
+def test_a_graph_that_does_not_know_its_classes_is_refused(graph, tmp_path, classes):
+    import onnx
+
+    model = onnx.load(graph)
+    for entry in model.metadata_props:
+        if entry.key == "fewstep.classes":
+            entry.value = classes
+    onnx.save(model, tmp_path / "damaged.onnx")
+    with pytest.raises(UserError, match="is no sampler's; export one again"):
+        OnnxSampler(tmp_path / "damaged.onnx")(NOISE, LABELS)

@@ -46,12 +46,12 @@ class OnnxSampler:
             raise UserError("running an ONNX graph needs a package: pip install onnxruntime.") from error
         if not Path(model).is_file():
             raise UserError(f"there is no ONNX file {str(model)!r}; write one with fewstep export --onnx.")
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise UserError(f"threads is {threads!r}, it must be a whole number from 1, or None for torch's own.")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.inter_op_num_threads = 1
-        if threads is not None and (type(threads) is not int or threads < 1):
-            raise UserError(f"threads is {threads!r}, it must be a whole number from 1, or None for torch's own.")
         try:
             self.session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions share no base class of their own
@@ -64,11 +64,15 @@ class OnnxSampler:
     def _takes(self) -> Takes | None:
         """What the graph is sampled from; None where it is no sampler's."""
         shapes = {value.name: value.shape for value in self.session.get_inputs()}
-        classes = json.loads(self.metadata.get(CLASSES, "null"))
-        if "noise" not in shapes or ("condition" in shapes) != (classes is not None):
+        try:
+            classes = json.loads(self.metadata.get(CLASSES, "null"))
+        except ValueError:
             return None
-        stages, *image = shapes["noise"][1:]
-        return Takes(tuple(image), stages - 1, classes, none=True, who="graph")
+        sizes = shapes.get("noise", [])[1:]
+        conditional = type(classes) is int and classes > 0
+        if not sizes or not all(type(size) is int for size in sizes) or ("condition" in shapes) != conditional:
+            return None
+        return Takes(tuple(sizes[1:]), sizes[0] - 1, classes, none=True, who="graph")
 
     def __call__(
         self,
