@@ -231,6 +231,29 @@ def test_a_network_of_ones_own_is_saved_under_its_registered_name(student_folder
     refuse(tmp_path, "own", "mlp")
 
 
+class Wide(Own):
+    def __init__(self, dim, channels, image_size):
+        super().__init__(dim)
+
+
+def test_options_of_ones_own_network_mean_what_its_author_says(student_folder, tmp_path, monkeypatch):
+    """`dim` and `channels` are sizes of the picture in this package's networks, and hidden widths in many others."""
+    monkeypatch.setattr(nets.registry, "_CLASSES", dict(nets.registry._CLASSES))
+    nets.register("wide")(Wide)
+    loaded = artefact.load(student_folder)
+    net = nets.build({"name": "wide", "dim": 6, "channels": 32, "image_size": 7})
+    named = Denoiser(net, loaded.denoiser.schedule, loaded.denoiser.prediction)
+    folder = save_again(loaded, tmp_path, denoiser=named, plans={}, image_shape=(1, 4, 6), classes=None)
+    assert artefact.load(folder).image_shape == (1, 4, 6)
+
+
+def test_two_networks_of_one_class_name_in_two_modules_are_two(monkeypatch):
+    monkeypatch.setattr(nets.registry, "_CLASSES", dict(nets.registry._CLASSES))
+    nets.register("twice")(type("Net", (Own,), {"__module__": "one"}))
+    with pytest.raises(ValueError, match="two networks are called 'twice': one:Net and other:Net"):
+        nets.register("twice")(type("Net", (Own,), {"__module__": "other"}))
+
+
 def test_an_unwritable_path_is_one_sentence(student_folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write the artefact to .*file/run") as caught:

@@ -229,7 +229,9 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Ar
 
 def _agree(content: _Manifest) -> None:
     """Raises ValueError where the images or classes it tells of are not those its network is made for."""
-    shape, config = content.image_shape, content.network
+    if nets.registry.is_registered(content.network["name"]):
+        return
+    shape, config = content.image_shape, content.network.get("base", content.network)
     if "channels" in config and len(shape) != 3:
         raise ValueError(f"its network makes images [C, H, W] and its image_shape is {shape}")
     told = {"channels": shape[0], "dim": math.prod(shape), "classes": content.classes}

@@ -28,12 +28,19 @@ def register(name: str) -> Callable[[N], N]:
 
     def add(network: N) -> N:
         known = _CLASSES.get(name)
-        if known is not None and getattr(known, "__qualname__", known) != network.__qualname__:
-            raise ValueError(f"two networks are called {name!r}: {known} and {network.__module__}.")
+        own = f"{network.__module__}:{network.__qualname__}"
+        known = known if known is None or isinstance(known, str) else f"{known.__module__}:{known.__qualname__}"
+        if known not in (None, own):
+            raise ValueError(f"two networks are called {name!r}: {known} and {own}.")
         _CLASSES[name] = network
         return network
 
     return add
+
+
+def is_registered(name: str) -> bool:
+    """Whether `register` made the name known; what such a network's options mean, only its author knows."""
+    return isinstance(_CLASSES.get(name), type)
 
 
 def names() -> list[str]:
