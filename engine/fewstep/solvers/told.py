@@ -1,23 +1,25 @@
 """What a plan tells its network of the time: the exact one, or what a published sampler makes of it.
 
 diffusers' DPM-Solver, UniPC, DEIS and SA-Solver classes hand Karras times over rounded to whole indices, and
-exponential, beta and flow times cut off to them; its DDIM inversion names the level a step goes to.
+exponential, beta and flow times cut off to them; its KDPM2 rounds Karras times on the grid and not the middles of
+its steps; its DDIM inversion names the level a step goes to.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from fewstep.errors import UserError, choose
 from fewstep.solvers.plans import Plan
 
-TOLD = ("exact", "rounded", "truncated", "target")
+TOLD = ("exact", "rounded", "rounded_nodes", "truncated", "target")
 
 
-def retold(plan: Plan, told: str) -> Plan:
-    """The plan with its network times "exact", "rounded" or "truncated" to whole indices (on flow, to thousandths), or
-    those of each stage's "target".
+def retold(plan: Plan, told: str, nodes: Sequence[float]) -> Plan:
+    """The plan with its network times "exact", "rounded" or "truncated" to whole indices (on flow, to thousandths),
+    rounded on the grid's `nodes` alone ("rounded_nodes"), or those of each stage's "target".
 
     Raises UserError for another word, and where the schedule's times are not indices.
     """
@@ -36,8 +38,10 @@ def retold(plan: Plan, told: str) -> Plan:
     def time(at: float, target: float, exact: float) -> float:
         if told == "target":
             return float(plan.prediction.network_time(plan.schedule, target))
+        if told == "rounded_nodes" and at not in nodes:
+            return exact
         # a sum of roundings below an index is that index
-        return (round(exact * scale) if told == "rounded" else math.floor(exact * scale + 1e-6)) / scale
+        return (round(exact * scale) if told.startswith("rounded") else math.floor(exact * scale + 1e-6)) / scale
 
     stages = (
         dataclasses.replace(stage, network_time=time(stage.time, stage.target, stage.network_time))
