@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fewstep
-from fewstep import artefact, nets, solvers
+from fewstep import artefact, methods, nets, solvers
 from fewstep.analytic import Gaussian
 from fewstep.cli import main
 from fewstep.diffusion import Denoiser, schedules
@@ -18,6 +18,7 @@ from fewstep.methods import Batch, Rng, get
 from fewstep.methods.genie import Change
 from fewstep.nets import Network
 from fewstep.nets.genie import Genie
+from fewstep.nets.lora import Lora
 from tests.methods.driver import train
 
 MEAN, STD = torch.tensor([0.7, -0.3], dtype=torch.float64), 0.35
@@ -206,3 +207,26 @@ def test_it_exports_for_any_batch(config):
     program = torch.export.export(net, given, dynamic_shapes=({0: batch}, {0: batch}, {0: batch}))
     other = (torch.randn(5, 1, 8, 8), torch.rand(5), torch.arange(5))
     torch.testing.assert_close(program.module()(*other), net(*other))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"width": 50}, "width=50 and blocks=1; give a multiple of 16"),
+        ({"width": 0}, "width=0"),
+        ({"blocks": -1}, "blocks=-1"),
+        ({"base": "unet"}, "got 'unet'; give a mapping"),
+    ],
+)
+def test_a_head_that_cannot_be_is_one_sentence(options, words):
+    """As a recipe's method.width, and in an artefact."""
+    with pytest.raises(UserError, match=words):
+        nets.build({"name": "genie", "base": {"name": "unet"}, **options})
+
+
+def test_a_head_takes_no_adapter():
+    teacher = Denoiser(nets.build({"name": "mlp", "dim": 4}), schedules.get("flow"), "flow")
+    method = get("genie")({})
+    method.schedule, method.prediction = teacher.schedule, teacher.prediction
+    with pytest.raises(UserError, match="'student' starts from what its method makes"):
+        methods.build(method, teacher, None, {"student": Lora()})

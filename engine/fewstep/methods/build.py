@@ -72,8 +72,9 @@ def _module(
 def _adapted(method: Method, name: str, lora: Lora, built: dict[str, nn.Module]) -> nn.Module:
     spec = method.networks[name]
     if spec.start != "teacher" or spec.average is not None or "teacher" not in built:
+        start = repr(spec.start) if isinstance(spec.start, str) else "what its method makes"
         raise UserError(
-            f"network {name!r} starts from {spec.start!r} and an adapter corrects a teacher; adapt a network that "
+            f"network {name!r} starts from {start} and an adapter corrects a teacher; adapt a network that "
             "starts from the teacher."
         )
     base: nn.Module = _bare(built["teacher"])

@@ -36,6 +36,12 @@ class Genie(nn.Module):
         self.config = {"name": "genie", "base": dict(net.config), "width": width, "blocks": blocks}
         self.base = net
         self.maps = "channels" in net.config
+        groups = max(1, width // 16)
+        if width < 1 or blocks < 0 or (self.maps and width % groups):
+            raise UserError(
+                f"a GENIE head got width={width!r} and blocks={blocks!r}; give a multiple of 16 channels and 0 or more "
+                "blocks."
+            )
         size = net.config["channels"] if self.maps else net.config["dim"]
         features = net.config["widths"][0] if self.maps else net.config["width"]
         self.conditioning = Conditioning(0, width)
@@ -44,7 +50,7 @@ class Genie(nn.Module):
         if self.maps:
             self.first = nn.Conv2d(2 * size + features, width, 3, padding=1)
             self.blocks = nn.ModuleList(unet.Block(width, width) for _ in range(blocks))
-            self.norm: nn.Module = nn.GroupNorm(max(1, width // 16), width)
+            self.norm: nn.Module = nn.GroupNorm(groups, width)
             self.last = nn.Conv2d(width, 3 * size, 3, padding=1)
         else:
             self.first = nn.Linear(2 * size + features, width)

@@ -53,6 +53,8 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 
     Raises `UserError` for a missing or unknown name and for options the network does not take.
     """
+    if not isinstance(config, Mapping):
+        raise UserError(f"a network is described by its name and options and got {config!r}; give a mapping of them.")
     options = dict(config)
     name = options.pop("name", None)
     if name not in _CLASSES:
