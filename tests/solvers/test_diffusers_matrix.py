@@ -32,7 +32,7 @@ GRIDS: dict[str, dict[str, Any]] = {
 ENDS = {"zero": {"final_sigmas_type": "zero"}, "sigma_min": {"final_sigmas_type": "sigma_min"}}
 SIX, BOTH = (*SPACINGS, *SIGMAS), tuple(ENDS)
 CUT = {"karras": "rounded", "exponential": "truncated", "beta": "truncated", "flow": "truncated"}
-NODES = {"karras": "rounded_nodes"}
+STARTS = {"karras": "rounded_starts"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ ROWS = [
         exploding=True,
     ),
     Row("HeunDiscreteScheduler", "heun", 2, kinds=("eps", "v"), grids=SIX, cut={}, exploding=True),
-    Row("KDPM2DiscreteScheduler", "dpm2", 2, kinds=("eps", "v"), grids=SIX, cut=NODES, exploding=True),
+    Row("KDPM2DiscreteScheduler", "dpm2", 2, kinds=("eps", "v"), grids=SIX, cut=STARTS, exploding=True),
     # its sigma_down^2 = sigma'^2 - sigma_up^2 cancels in float32
     Row(
         "KDPM2AncestralDiscreteScheduler",
@@ -93,7 +93,7 @@ ROWS = [
         options={"eta": 1.0},
         kinds=("eps", "v"),
         grids=SIX,
-        cut=NODES,
+        cut=STARTS,
         exploding=True,
         tolerance=2e-4,
         told_within=0.1,  # for the same reason

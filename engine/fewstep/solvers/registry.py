@@ -102,7 +102,7 @@ def plan(
 
     Clean-sample estimates are bounded by `clip` (clamped to [-clip, clip]) or `threshold` ({"quantile": 0.995, "least":
     1.0, "most": ..}: clamped to that quantile of their magnitudes, kept within least and most, and divided by it;
-    2205.11487, section 2.3). `told` is what the network is told of the time: "exact", or "rounded", "rounded_nodes",
+    2205.11487, section 2.3). `told` is what the network is told of the time: "exact", or "rounded", "rounded_starts",
     "truncated" or "target" as published samplers do (see fewstep.solvers.told). `analytic_first_step` takes
     x/sqrt(alpha^2 + sigma^2), which is almost all noise, for the first evaluation's noise estimate and asks no network
     there (2210.05475, appendix; AFS). Raises UserError for anything it does not know.
@@ -159,7 +159,7 @@ def plan(
             f"solver {name!r} has no finite coefficients on this grid with {given or 'these options'}; choose options "
             "nearer their defaults, or times above sigma = 0 and below pure noise."
         )
-    return retold(made_plan, told, times)
+    return retold(made_plan, told, [row.step for row in rows])
 
 
 def _numbers(made: Plan) -> Iterator[float]:

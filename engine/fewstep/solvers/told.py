@@ -1,8 +1,8 @@
 """What a plan tells its network of the time: the exact one, or what a published sampler makes of it.
 
 diffusers' DPM-Solver, UniPC, DEIS and SA-Solver classes hand Karras times over rounded to whole indices, and
-exponential, beta and flow times cut off to them; its KDPM2 rounds Karras times on the grid and not the middles of
-its steps; its DDIM inversion names the level a step goes to.
+exponential, beta and flow times cut off to them; its KDPM2 rounds Karras times where its steps start and not their
+middles; its DDIM inversion names the level a step goes to.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from fewstep.errors import UserError, choose
 from fewstep.solvers.plans import Plan
 
-TOLD = ("exact", "rounded", "rounded_nodes", "truncated", "target")
+TOLD = ("exact", "rounded", "rounded_starts", "truncated", "target")
 
 
-def retold(plan: Plan, told: str, nodes: Sequence[float]) -> Plan:
+def retold(plan: Plan, told: str, steps: Sequence[int]) -> Plan:
     """The plan with its network times "exact", "rounded" or "truncated" to whole indices (on flow, to thousandths),
-    rounded on the grid's `nodes` alone ("rounded_nodes"), or those of each stage's "target".
+    rounded where a step starts alone ("rounded_starts"; `steps` is each stage's), or those of each stage's "target".
 
     Raises UserError for another word, and where the schedule's times are not indices.
     """
@@ -33,18 +33,25 @@ def retold(plan: Plan, told: str, nodes: Sequence[float]) -> Plan:
             f"told={told!r} is for networks that count indices (schedules sd, sdxl and flow, predictions other than "
             f"edm), not schedule {plan.schedule.name!r} with prediction {plan.prediction.kind!r}; leave it out."
         )
+    inner = [False] * len(plan.stages)
+    if told == "rounded_starts":
+        inner = [step == before for step, before in zip(steps, [None, *steps])]
+        if len(inner) != len(plan.stages):
+            raise UserError(
+                f"told={told!r} is for solvers that move once an evaluation, not {plan.solver!r}; leave it out."
+            )
     scale = 1000.0 if plan.schedule.name == "flow" else 1.0
 
-    def time(at: float, target: float, exact: float) -> float:
+    def time(target: float, exact: float, within: bool) -> float:
         if told == "target":
             return float(plan.prediction.network_time(plan.schedule, target))
-        if told == "rounded_nodes" and at not in nodes:
+        if told == "rounded_starts" and within:
             return exact
         # a sum of roundings below an index is that index
         return (round(exact * scale) if told.startswith("rounded") else math.floor(exact * scale + 1e-6)) / scale
 
     stages = (
-        dataclasses.replace(stage, network_time=time(stage.time, stage.target, stage.network_time))
-        for stage in plan.stages
+        dataclasses.replace(stage, network_time=time(stage.target, stage.network_time, within))
+        for stage, within in zip(plan.stages, inner)
     )
     return dataclasses.replace(plan, stages=tuple(stages))
