@@ -399,3 +399,18 @@ def test_a_mistake_is_one_sentence(call, words):
     with pytest.raises(UserError) as error:
         call(Denoiser(Net(), EDM, "edm"))
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("guidance", [None, 2.0])
+@pytest.mark.parametrize("gradient", ["none", "all"])
+def test_a_network_that_writes_into_its_input_is_refused(gradient, guidance):
+    """Its input is the sampler's own state, or shares memory with it; the picture would be another without a word."""
+    plan = solvers.plan("ddim", schedules.get("vp"), 3, prediction="eps", guidance=guidance)
+    noise, label = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.ones(2)
+
+    def network(x, t, cond):
+        x -= x.mean()
+        return x.sin() * cond.view(-1, 1, 1, 1)
+
+    with pytest.raises(UserError, match=r"wrote into its input.*x\.clone\(\)"):
+        solvers.execute(plan, network, noise, cond=label, uncond=0.0 * label, gradient=gradient)

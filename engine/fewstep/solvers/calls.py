@@ -13,7 +13,7 @@ from fewstep.diffusion import guidance as guiding
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.prediction import Prediction
 from fewstep.errors import UserError
-from fewstep.solvers.memory import Buffers, Tables
+from fewstep.solvers.memory import Buffers, Tables, tracing
 from fewstep.solvers.plans import Call, Plan, Stage, column
 from fewstep_kernels import lincomb
 
@@ -29,8 +29,8 @@ def network_calls(plan: Plan, networks: Any, start: int, stop: int) -> list[Aske
             raise UserError(
                 f"{len(networks)} networks were given for {stop - start} stages; give one, or one per stage."
             )
-        return [_network_call(plan, network, plan.prediction, told) for network in networks]
-    return [_network_call(plan, networks, plan.prediction, told)] * (stop - start)
+        return [_watched(_network_call(plan, network, plan.prediction, told)) for network in networks]
+    return [_watched(_network_call(plan, networks, plan.prediction, told))] * (stop - start)
 
 
 def other_calls(plan: Plan, stages: Sequence[Stage], others: Mapping[str, Any] | None) -> dict[str, Asked]:
@@ -41,7 +41,24 @@ def other_calls(plan: Plan, stages: Sequence[Stage], others: Mapping[str, Any] |
         raise UserError(
             f"this plan asks a network in the role {role!r} and got none; give others={{{role!r}: network}}."
         )
-    return {role: _network_call(plan, given[role], call.prediction) for role, call in calls.items()}
+    return {role: _watched(_network_call(plan, given[role], call.prediction)) for role, call in calls.items()}
+
+
+def _watched(asked: Asked) -> Asked:
+    """Refuses a network that writes into what it reads: that may be the sampler's own state."""
+    if tracing():
+        return asked
+
+    def call(x: Tensor, t: Tensor, cond: Any, tracked: bool, named: Mapping[str, Tensor]) -> Any:
+        if x.is_inference():  # it counts no versions
+            return asked(x, t, cond, tracked, named)
+        version = x._version
+        answer = asked(x, t, cond, tracked, named)
+        if x._version != version:
+            raise UserError("the network wrote into its input, the sampler's state; let it work on a copy: x.clone().")
+        return answer
+
+    return call
 
 
 def _network_call(plan: Plan, network: Any, prediction: Prediction | None, told: bool = False) -> Asked:
