@@ -312,5 +312,6 @@ def ema_update(
         return
     if not quiet:
         refuse_transforms("ema_update", (*flat, *parameters))
-    (_move if quiet else _raw)(flat, parameters, numbers, on_device, seed, number, number_on_device, starts)
+    direct = quiet and registration.plain((*flat, *parameters))
+    (_move if direct else _raw)(flat, parameters, numbers, on_device, seed, number, number_on_device, starts)
     increment_version(flat)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fewstep_kernels as fk
 from fewstep_kernels.ema import _direct, _move, element_origins
@@ -34,6 +35,13 @@ def test_averages_stacked_in_one_tensor():
     fk.ema_update(stacked[0], rows, 0.0)
     fk.ema_update(stacked, rows, [0.0, 0.5])
     assert torch.equal(stacked, torch.stack(rows) * torch.tensor([1.0, 0.5]).view(2, 1, 1))
+
+
+def test_fake_tensors_outside_their_mode():
+    average, parameter = (FakeTensorMode().from_tensor(torch.ones(3)) for _ in range(2))
+    with pytest.raises(AssertionError, match="Mixing fake modes"):
+        fk.ema_update([average], [parameter], 0.5)
+    fk.ema_update([average], [average], 0.5)
 
 
 class Marked(torch.Tensor):
