@@ -110,7 +110,7 @@ def test_cogvideos_samplers_are_ddim_and_sde_2m(kind, spacing, monkeypatch):
 
     made = {
         "prediction_type": NAMES[kind],
-        "snr_shift_scale": 1.0,  # elsewhere its schedule is none of ours
+        "snr_shift_scale": 1.0,
         "timestep_spacing": spacing,
         "rescale_betas_zero_snr": False,
     }
@@ -132,6 +132,32 @@ def test_cogvideos_samplers_are_ddim_and_sde_2m(kind, spacing, monkeypatch):
                 before = t
         found, told = ours(planned("dpmpp_2m_sde", steps, grid, kind, **stride))
         assert apart(found, x) < 1e-9 and told == net.times
+
+
+def test_cogvideos_shifted_snr_is_the_schedules(monkeypatch):
+    schedule = schedules.get("sd", snr_shift=3.0)
+    scheduler = diffusers.CogVideoXDDIMScheduler(
+        snr_shift_scale=3.0, prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing"
+    )
+    for steps in (2, 10):
+        scheduler.set_timesteps(steps)
+        plan = solvers.plan(
+            "ddim", schedule, steps, grid="trailing", prediction="v", guidance=GUIDANCE, initial_scale=1.0
+        )
+        compare(plan, scheduler, monkeypatch)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 10])
+def test_eulers_log_linear_levels_are_log_snr_down_to_sigma_min(steps, monkeypatch):
+    """Its network is told the times of even indices and not those of its levels: no option here."""
+    scheduler = diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", interpolation_type="log_linear"
+    )
+    scheduler.set_timesteps(steps)
+    schedule = schedules.get("sd")
+    plan = planned("euler", steps, {"name": "log_snr", "zero": "none"}, "eps")
+    expected, _ = theirs(scheduler, START / schedule.alpha(999.0), monkeypatch)
+    assert apart(ours(plan)[0], expected * schedule.alpha(0.0)) < 1e-5
 
 
 @pytest.mark.parametrize("eta", [1.0, 0.4, 0.0])

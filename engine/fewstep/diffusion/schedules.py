@@ -179,13 +179,13 @@ class Cosine(Schedule):
 
 
 @functools.lru_cache(maxsize=16)
-def _half_log_snr_table(train_steps: int, beta_start: float, beta_end: float) -> tuple[float, ...]:
+def _half_log_snr_table(train_steps: int, beta_start: float, beta_end: float, snr_shift: float) -> tuple[float, ...]:
     """lambda at the integer times of the scaled-linear schedule (betas linear in their square root)."""
     low, high = math.sqrt(beta_start), math.sqrt(beta_end)
     log_alpha_bar, table = 0.0, []
     for i in range(train_steps):
         log_alpha_bar += math.log1p(-((low + (high - low) * i / (train_steps - 1)) ** 2))
-        table.append(0.5 * (log_alpha_bar - math.log(-math.expm1(log_alpha_bar))))
+        table.append(0.5 * (log_alpha_bar - math.log(-math.expm1(log_alpha_bar)) - math.log(snr_shift)))
     return tuple(table)
 
 
@@ -206,6 +206,7 @@ class DiscreteVariancePreserving(Schedule):
     """Stable Diffusion's 1000 indices, t in [0, 999] (2112.10752).
 
     lambda is linear in t between the indices; from t = 0 down to t = -1, where the picture is clean, tau is.
+    `snr_shift` divides alpha^2/sigma^2 (CogVideoX's snr_shift_scale, 2408.06072).
     """
 
     name: ClassVar[str] = "sd"
@@ -215,9 +216,12 @@ class DiscreteVariancePreserving(Schedule):
     train_steps: int = 1000
     t_min: float = 0.0
     t_max: float = 999.0
+    snr_shift: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.snr_shift > 0:
+            raise UserError(f"schedule {self.name!r} got snr_shift={self.snr_shift!r}; give a number above 0.")
         if not (0 < self.beta_start <= self.beta_end < 1 and self.train_steps >= 2):
             raise UserError(
                 f"schedule {self.name!r} got beta_start={self.beta_start!r}, beta_end={self.beta_end!r}, "
@@ -230,7 +234,7 @@ class DiscreteVariancePreserving(Schedule):
 
     @property
     def _table(self) -> tuple[float, ...]:
-        return _half_log_snr_table(self.train_steps, self.beta_start, self.beta_end)
+        return _half_log_snr_table(self.train_steps, self.beta_start, self.beta_end, self.snr_shift)
 
     def _segment(self, t: Real) -> tuple[Number, Number, Number]:
         """(lambda at the index below, change of lambda to the next, fraction of the way)."""
