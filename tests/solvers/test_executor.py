@@ -414,3 +414,16 @@ def test_a_network_that_writes_into_its_input_is_refused(gradient, guidance):
 
     with pytest.raises(UserError, match=r"wrote into its input.*x\.clone\(\)"):
         solvers.execute(plan, network, noise, cond=label, uncond=0.0 * label, gradient=gradient)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "jvp"])
+def test_a_run_under_a_transform_leaves_nothing_to_later_runs(transform):
+    """A tensor made inside one is its own kind; kept with the plan it would fail every run after."""
+    plan = solvers.plan("ddim", schedules.get("vp"), 3, prediction="eps")
+    network = lambda x, t: x.sin()  # noqa: E731
+    run = lambda x: solvers.execute(plan, network, x, gradient="all").x  # noqa: E731
+    torch.func.vmap(run)(noise()[None]) if transform == "vmap" else torch.func.jvp(run, (noise(),), (noise(),))
+    assert torch.equal(
+        solvers.sample(network, plan, noise()),
+        solvers.sample(network, solvers.plan("ddim", schedules.get("vp"), 3, prediction="eps"), noise()),
+    )

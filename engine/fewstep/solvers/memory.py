@@ -18,8 +18,11 @@ _KEPT_SHAPES = 8
 
 
 def tracing() -> bool:
-    """Whether a compiler or exporter is reading along: then nothing is cached or reused."""
-    return torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    """Whether a compiler, an exporter or a transform of torch.func is reading along: then nothing is cached or reused,
+    as what is made there is its own kind of tensor."""
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @dataclasses.dataclass(frozen=True)
