@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -186,6 +187,7 @@ def test_a_mistake_is_one_sentence():
         ("more than one network", {"solver": "genie"}),
         ("solver 'dimm' is not known", {"solver": "dimm"}),
         ("loss is nan", {"loss": lambda x, y: x.sum() * float("nan")}),
+        ("give one for each noise", {"batches": [dataclasses.replace(batch, target=batch.target[:1])]}),
         ("needs two samples", {"loss": kernel_distance(lambda x: x), "batches": [compared(data, size=1)]}),
     ):
         options = {"batches": [batch], "start": karras(3), "rounds": 2, **changes}

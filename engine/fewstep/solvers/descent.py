@@ -43,6 +43,10 @@ def paired_distance(samples: Tensor, targets: Tensor) -> Tensor:
 
     Not of the squares: few samples that end in another mode than their target would outweigh all others.
     """
+    if samples.shape != targets.shape:
+        raise UserError(
+            f"targets are {list(targets.shape)} and samples {list(samples.shape)}; give one for each noise."
+        )
     apart = (samples - targets).flatten(1)
     return torch.linalg.vector_norm(apart, dim=1).mean() / math.sqrt(apart.shape[1])
 
