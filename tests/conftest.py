@@ -5,6 +5,7 @@ What makes them is imported when one is asked for: the kernels' tests need torch
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,11 @@ host.prepare()  # before torch starts its threads
 
 import pytest
 import torch
+
+# What a script starts in its background, or nohup, ignores these from birth, and so would all that tests start.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 if TYPE_CHECKING:
     from fewstep.diffusion.denoiser import Denoiser
