@@ -105,6 +105,48 @@ def test_stable_diffusion_is_log_linear_between_indices_and_ratio_linear_to_the_
     torch.testing.assert_close(schedule.derivatives(early)[0], found, rtol=1e-10, atol=1e-15)
 
 
+ZERO = schedules.get("sd", zero_snr=True)
+ENDING = (-0.5, 0.3, 400.5, 998.0, 998.25, 998.999, 999.0)
+
+
+def test_zero_snr_shifts_and_scales_alpha_to_zero_at_the_last_index():
+    """Algorithm 1 of 2305.08891; between the last two indices alpha/sigma is linear."""
+    usual = schedules.get("sd").alpha(torch.arange(1000, dtype=torch.float64))
+    expected = (usual - usual[-1]) * usual[0] / (usual[0] - usual[-1])
+    found = ZERO.alpha(torch.arange(1000, dtype=torch.float64))
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=0.0)
+    assert (ZERO.alpha(999.0), ZERO.sigma(999.0)) == (0.0, 1.0) and ZERO.alpha(0.0) == pytest.approx(float(usual[0]))
+    assert ZERO.half_log_snr(999.0) == -math.inf and ZERO.ratio(999.0) == math.inf
+    assert ZERO.ratio(998.75) == pytest.approx(4 * ZERO.ratio(998.0), rel=1e-12)
+    for end in (-math.inf, torch.tensor(-math.inf)):
+        assert float(ZERO.time_of_half_log_snr(end)) == 999.0
+    assert float(ZERO.time_of_ratio(math.inf)) == 999.0
+
+
+def test_zero_snr_is_one_function_of_floats_and_tensors_with_its_inverse():
+    times = torch.tensor(ENDING, dtype=torch.float64)
+    for function in (ZERO.alpha, ZERO.sigma, ZERO.ratio, ZERO.half_log_snr):
+        expected = torch.tensor([function(t) for t in ENDING], dtype=torch.float64)
+        torch.testing.assert_close(function(times), expected, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(ZERO.alpha(times) ** 2 + ZERO.sigma(times) ** 2, torch.ones_like(times))
+    torch.testing.assert_close(ZERO.time_of_half_log_snr(ZERO.half_log_snr(times)), times, rtol=1e-12, atol=0.0)
+    assert [ZERO.time_of_half_log_snr(ZERO.half_log_snr(t)) for t in ENDING] == pytest.approx(ENDING, rel=1e-12)
+
+
+def test_zero_snrs_gradients_are_its_derivatives_up_to_the_end():
+    t = torch.tensor(ENDING, dtype=torch.float64, requires_grad=True)
+    for value, rate in zip((ZERO.alpha, ZERO.sigma), ZERO.derivatives(t.detach())):
+        torch.testing.assert_close(torch.autograd.grad(value(t).sum(), t)[0], rate, rtol=1e-9, atol=1e-13)
+    told = torch.autograd.grad(ZERO.half_log_snr(t).sum(), t)[0]
+    assert torch.isfinite(told[:-1]).all() and told[-1] == -math.inf
+    level = torch.tensor([-math.inf, -9.0, -1.0, 5.0], dtype=torch.float64, requires_grad=True)
+    found = torch.autograd.grad(ZERO.time_of_half_log_snr(level).sum(), level)[0]
+    assert torch.isfinite(found).all() and found[0] == 0.0 and (found[1:] < 0.0).all()
+    for place, at in enumerate(ENDING):
+        floats, tensors = ZERO.derivatives(at), ZERO.derivatives(torch.tensor(ENDING, dtype=torch.float64))
+        assert [float(rate[place]) for rate in tensors] == pytest.approx(floats, rel=1e-12)
+
+
 def test_cosine_is_the_published_alpha_bar():
     schedule = schedules.get("cosine")
     for t in (0.1, 0.5, 0.9):
@@ -143,6 +185,7 @@ def test_a_schedule_survives_its_description(name):
     schedule = schedules.get(name, t_min=schedules.get(name).t_min + 0.0123)
     assert schedules.from_dict(schedule.to_dict()) == schedule
     assert schedule != schedules.get(name)
+    assert schedules.from_dict(ZERO.to_dict()) == ZERO != schedules.get("sd")
 
 
 @pytest.mark.parametrize(
@@ -157,6 +200,8 @@ def test_a_schedule_survives_its_description(name):
         (lambda: schedules.get("edm", t_max="big"), "t_max='big'; give a finite number"),
         (lambda: schedules.get("edm", t_min=90.0), "t_min=90.0 and t_max=80.0; give 0 <= t_min < t_max"),
         (lambda: schedules.get("flow", t_max=2.0), "t_max <= 1"),
+        (lambda: schedules.get("sd", zero_snr=1), "zero_snr=1; give True or False"),
+        (lambda: schedules.get("sd", zero_snr=True, train_steps=2, t_max=1.0), "at least 3 train_steps"),
         (lambda: schedules.from_dict({"shift": 1.0}), "a schedule needs a name"),
     ],
 )

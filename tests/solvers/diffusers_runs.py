@@ -76,6 +76,18 @@ def theirs(scheduler, start, monkeypatch, convert: Callable = lambda out, x: out
     return x.double(), net.times
 
 
+def cogvideos_final_state(scheduler, monkeypatch):
+    """`theirs` for CogVideoXDPMScheduler, whose step takes the last clean estimate and its time."""
+    net, x, old, before = Net(), START, None, None
+    with monkeypatch.context() as patch:
+        for number, t in enumerate(scheduler.timesteps):
+            drawn = DRAWN[:, number]
+            patch.setattr(f"{type(scheduler).__module__}.randn_tensor", lambda *_, drawn=drawn, **__: drawn)
+            x, old = scheduler.step(net.guided(x, t, COND), old, t, before, x)
+            before = t
+    return x, net.times
+
+
 def ours(plan: solvers.Plan):
     """The final state of our plan from START (which the plan is made not to scale), with noise by evaluation."""
     net = Net()

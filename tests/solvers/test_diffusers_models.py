@@ -20,6 +20,7 @@ from tests.solvers.diffusers_runs import (
     START,
     Net,
     apart,
+    cogvideos_final_state,
     compare,
     diffusers,
     drawing_brownian,
@@ -106,8 +107,6 @@ def test_stable_audios_sampler_is_sde_2m_on_the_cosine_schedule(grid, slope, ord
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("kind", ["eps", "x0", "v"])
 def test_cogvideos_samplers_are_ddim_and_sde_2m(kind, spacing, monkeypatch):
-    from diffusers.schedulers import scheduling_dpm_cogvideox
-
     made = {
         "prediction_type": NAMES[kind],
         "snr_shift_scale": 1.0,
@@ -123,15 +122,9 @@ def test_cogvideos_samplers_are_ddim_and_sde_2m(kind, spacing, monkeypatch):
         compare(planned("ddim", steps, grid, kind, **stride), scheduler, monkeypatch)
         scheduler = tabled("CogVideoXDPMScheduler", **made)
         scheduler.set_timesteps(steps)
-        net, x, old, before = Net(), START, None, None
-        with monkeypatch.context() as patch:
-            for number, t in enumerate(scheduler.timesteps):
-                drawn = DRAWN[:, number]
-                patch.setattr(scheduling_dpm_cogvideox, "randn_tensor", lambda *_, drawn=drawn, **__: drawn)
-                x, old = scheduler.step(net.guided(x, t, COND), old, t, before, x)
-                before = t
-        found, told = ours(planned("dpmpp_2m_sde", steps, grid, kind, **stride))
-        assert apart(found, x) < 1e-9 and told == net.times
+        expected, told = cogvideos_final_state(scheduler, monkeypatch)
+        found, ours_told = ours(planned("dpmpp_2m_sde", steps, grid, kind, **stride))
+        assert apart(found, expected) < 1e-9 and ours_told == told
 
 
 def test_cogvideos_shifted_snr_is_the_schedules(monkeypatch):

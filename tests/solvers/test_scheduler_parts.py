@@ -151,8 +151,14 @@ def test_a_config_is_taken_over_with_the_other_class_defaults():
     assert flow.prediction.kind == "flow" and flow.schedule == schedules.get("flow", shift=3.0)
     with pytest.raises(UserError, match="beta_schedule 'linear' is not known"):
         PlanScheduler.from_config(diffusers.DDPMScheduler().config)
+    own = diffusers.DDIMScheduler(trained_betas=[0.01] * 1000).config
     with pytest.raises(UserError, match="betas of its own"):
-        PlanScheduler.from_config(diffusers.DDIMScheduler(**BETAS, rescale_betas_zero_snr=True).config)
+        PlanScheduler.from_config(own)
+    assert PlanScheduler.from_config(own, schedule=SD.to_dict()).schedule == SD
+    edm = PlanScheduler.from_config({"sigma_schedule": "karras"})
+    audio = PlanScheduler.from_config({"sigma_schedule": "exponential", "solver_order": 2})
+    assert edm.schedule == schedules.get("edm")
+    assert [audio.schedule.ratio(t) for t in (audio.schedule.t_min, audio.schedule.t_max)] == pytest.approx([0.3, 500])
 
 
 def test_options_stand_before_diffusers_names():

@@ -179,14 +179,22 @@ class Cosine(Schedule):
 
 
 @functools.lru_cache(maxsize=16)
-def _half_log_snr_table(train_steps: int, beta_start: float, beta_end: float, snr_shift: float) -> tuple[float, ...]:
-    """lambda at the integer times of the scaled-linear schedule (betas linear in their square root)."""
+def _half_log_snr_table(
+    train_steps: int, beta_start: float, beta_end: float, snr_shift: float, zero_snr: bool
+) -> tuple[float, ...]:
+    """lambda at the integer times of the scaled-linear schedule (betas linear in their square root) where it is finite:
+    everywhere, or everywhere but at the last.
+    """
     low, high = math.sqrt(beta_start), math.sqrt(beta_end)
     log_alpha_bar, table = 0.0, []
     for i in range(train_steps):
         log_alpha_bar += math.log1p(-((low + (high - low) * i / (train_steps - 1)) ** 2))
         table.append(0.5 * (log_alpha_bar - math.log(-math.expm1(log_alpha_bar)) - math.log(snr_shift)))
-    return tuple(table)
+    if not zero_snr:
+        return tuple(table)
+    first, *inner, last = (1.0 / math.sqrt(1.0 + math.exp(-2.0 * value)) for value in table)
+    alphas = ((alpha - last) * first / (first - last) for alpha in inner)
+    return (table[0], *(math.log(alpha) - 0.5 * math.log1p(-alpha * alpha) for alpha in alphas))
 
 
 @functools.lru_cache(maxsize=32)
@@ -206,7 +214,9 @@ class DiscreteVariancePreserving(Schedule):
     """Stable Diffusion's 1000 indices, t in [0, 999] (2112.10752).
 
     lambda is linear in t between the indices; from t = 0 down to t = -1, where the picture is clean, tau is.
-    `snr_shift` divides alpha^2/sigma^2 (CogVideoX's snr_shift_scale, 2408.06072).
+    `snr_shift` divides alpha^2/sigma^2 (CogVideoX's snr_shift_scale, 2408.06072). `zero_snr` then shifts and scales
+    alpha to zero at the last index, the first keeping its value (2305.08891, algorithm 1; diffusers'
+    rescale_betas_zero_snr): in the last interval alpha/sigma is linear in t, as tau is in the first.
     """
 
     name: ClassVar[str] = "sd"
@@ -217,15 +227,17 @@ class DiscreteVariancePreserving(Schedule):
     t_min: float = 0.0
     t_max: float = 999.0
     snr_shift: float = 1.0
+    zero_snr: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.snr_shift > 0:
             raise UserError(f"schedule {self.name!r} got snr_shift={self.snr_shift!r}; give a number above 0.")
-        if not (0 < self.beta_start <= self.beta_end < 1 and self.train_steps >= 2):
+        least = 3 if self.zero_snr else 2
+        if not (0 < self.beta_start <= self.beta_end < 1 and self.train_steps >= least):
             raise UserError(
-                f"schedule {self.name!r} got beta_start={self.beta_start!r}, beta_end={self.beta_end!r}, "
-                f"train_steps={self.train_steps!r}; give 0 < beta_start <= beta_end < 1 and at least 2 train_steps."
+                f"schedule {self.name!r} got beta_start={self.beta_start!r}, beta_end={self.beta_end!r}, train_steps="
+                f"{self.train_steps!r}; give 0 < beta_start <= beta_end < 1 and at least {least} train_steps."
             )
 
     @property
@@ -234,18 +246,30 @@ class DiscreteVariancePreserving(Schedule):
 
     @property
     def _table(self) -> tuple[float, ...]:
-        return _half_log_snr_table(self.train_steps, self.beta_start, self.beta_end, self.snr_shift)
+        return _half_log_snr_table(self.train_steps, self.beta_start, self.beta_end, self.snr_shift, self.zero_snr)
+
+    def _last(self, t: Real) -> tuple[bool | Tensor, Number]:
+        """(whether t is in the interval down to alpha = 0, alpha/sigma there and 1 elsewhere)."""
+        if not self.zero_snr:
+            return False, 1.0
+        end, rate = self.last_time, math.exp(self._table[-1])
+        if isinstance(t, Tensor):
+            late = t > end - 1.0
+            return late, torch.where(late, rate * torch.clamp(end - t, min=0.0), torch.ones_like(t))
+        return (True, rate * max(end - t, 0.0)) if t > end - 1.0 else (False, 1.0)
 
     def _segment(self, t: Real) -> tuple[Number, Number, Number]:
         """(lambda at the index below, change of lambda to the next, fraction of the way)."""
+        most = len(self._table) - 2
         if isinstance(t, Tensor):
             table = _on_device(self._table, t)
-            index = t.detach().floor().clamp(0, self.train_steps - 2).long()
+            index = t.detach().floor().clamp(0, most).long()
             return table[index], table[index + 1] - table[index], t - index.to(t.dtype)
-        below = min(max(math.floor(t), 0), self.train_steps - 2)
+        below = min(max(math.floor(t), 0), most)
         return self._table[below], self._table[below + 1] - self._table[below], t - below
 
-    def half_log_snr(self, t: Real) -> Number:
+    def _tabled(self, t: Real) -> Number:
+        """lambda from the table, straight on beyond its end; below t = 0, where tau is linear."""
         below, change, fraction = self._segment(t)
         inside = below + change * fraction
         if isinstance(t, Tensor):
@@ -255,38 +279,50 @@ class DiscreteVariancePreserving(Schedule):
             )
         return inside if t >= 0 else self._table[0] - real.log(t + 1.0)
 
+    def half_log_snr(self, t: Real) -> Number:
+        late, signal = self._last(t)
+        return real.select(late, real.log(signal), self._tabled(t))
+
     def ratio(self, t: Real) -> Number:
         return real.exp(-self.half_log_snr(t))
 
     def alpha(self, t: Real) -> Number:
-        ratio = self.ratio(t)
-        return 1.0 / real.sqrt(1.0 + ratio * ratio)
+        late, signal = self._last(t)
+        ratio = real.exp(-self._tabled(t))
+        return real.select(late, signal / real.sqrt(1.0 + signal * signal), 1.0 / real.sqrt(1.0 + ratio * ratio))
 
     def sigma(self, t: Real) -> Number:
-        ratio = self.ratio(t)
-        return ratio / real.sqrt(1.0 + ratio * ratio)
+        late, signal = self._last(t)
+        ratio = real.exp(-self._tabled(t))
+        return real.select(late, 1.0 / real.sqrt(1.0 + signal * signal), ratio / real.sqrt(1.0 + ratio * ratio))
 
     def derivatives(self, t: Real) -> tuple[Number, Number]:
+        late, signal = self._last(t)
         _, change, _ = self._segment(t)
-        ratio = self.ratio(t)
+        ratio = real.exp(-self._tabled(t))
         slope = real.select(t < 0, real.constant(t, math.exp(-self._table[0])), -change * ratio)
         cube = (1.0 + ratio * ratio) ** -1.5
-        return -ratio * cube * slope, cube * slope
+        falling = -math.exp(self._table[-1]) * (1.0 + signal * signal) ** -1.5
+        return real.select(late, falling, -ratio * cube * slope), real.select(late, -signal * falling, cube * slope)
 
     def time_of_half_log_snr(self, half_log_snr: Real) -> Number:
         table = self._table
         if isinstance(half_log_snr, Tensor):
             falling = _on_device(table, half_log_snr)
-            index = (torch.searchsorted(-falling, -half_log_snr.detach(), right=True) - 1).clamp(
-                0, self.train_steps - 2
-            )
+            index = (torch.searchsorted(-falling, -half_log_snr.detach(), right=True) - 1).clamp(0, len(table) - 2)
             low, high = falling[index], falling[index + 1]
-            inside = index.to(half_log_snr.dtype) + (half_log_snr - low) / (high - low)
+            found = index.to(half_log_snr.dtype) + (half_log_snr - low) / (high - low)
             early = torch.exp(torch.clamp(table[0] - half_log_snr, max=0.0)) - 1.0
-            return torch.where(half_log_snr > table[0], early, inside)
+            found = torch.where(half_log_snr > table[0], early, found)
+            if self.zero_snr:
+                late = self.last_time - torch.exp(torch.clamp(half_log_snr - table[-1], max=0.0))
+                found = torch.where(half_log_snr < table[-1], late, found)
+            return found
         if half_log_snr > table[0]:
             return math.exp(table[0] - half_log_snr) - 1.0
-        first, last = 0, self.train_steps - 1
+        if self.zero_snr and half_log_snr < table[-1]:
+            return self.last_time - math.exp(half_log_snr - table[-1])
+        first, last = 0, len(table) - 1
         while last - first > 1:
             middle = (first + last) // 2
             first, last = (middle, last) if table[middle] >= half_log_snr else (first, middle)
@@ -440,12 +476,19 @@ def get(name: str, **options: Any) -> Schedule:
         raise choose("schedule", name, _SCHEDULES)
     kind = _SCHEDULES[name]
     fields = [field.name for field in dataclasses.fields(kind)]
+    taken: dict[str, Any] = {}
     for option, value in options.items():
         if option not in fields:
             raise choose(f"option of schedule {name!r},", option, fields)
+        if option == "zero_snr":
+            if not isinstance(value, bool):
+                raise UserError(f"schedule {name!r} got {option}={value!r}; give True or False.")
+            taken[option] = value
+            continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise UserError(f"schedule {name!r} got {option}={value!r}; give a finite number.")
-    return kind(**{key: int(value) if key == "train_steps" else float(value) for key, value in options.items()})
+        taken[option] = int(value) if option == "train_steps" else float(value)
+    return kind(**taken)
 
 
 def from_dict(description: Mapping[str, Any]) -> Schedule:

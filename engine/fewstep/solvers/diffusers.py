@@ -38,8 +38,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
     `solver`, `grid` and `options` are `plan`'s; `schedule` is a schedule as `to_dict` gives it, or None for Stable
     Diffusion's of the betas given (only "scaled_linear"), or "flow" where prediction_type is "flow_prediction". The
     config is plain JSON, saved and loaded by diffusers; `from_config(pipe.scheduler.config, solver=...)` takes over
-    betas, prediction type and bounds on clean estimates (`thresholding`, `clip_sample`; names and precedence are
-    diffusers') from another scheduler; `threshold` and `clip` in `options` stand before those.
+    betas (`rescale_betas_zero_snr` and CogVideoX's `snr_shift_scale` included), prediction type and bounds on clean
+    estimates (`thresholding`, `clip_sample`; names and precedence are diffusers') from another scheduler; `threshold`
+    and `clip` in `options` stand before those.
 
     The pipeline asks its one network and guides; so options that ask otherwise (`guidance`, a network in a role of its
     own, a network told where it lands) are refused here. A learned variance is read from the output's second half.
@@ -70,6 +71,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
         sample_max_value: float = 1.0,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
+        rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float = 1.0,
     ) -> None:
         if prediction_type not in KINDS:
             raise choose("prediction_type", prediction_type, KINDS)
@@ -99,10 +102,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
                 config["prediction_type"] = "flow_prediction"
             if "sigma_schedule" in config:
                 config = laid_in_sigma(config)
-            if config.get("rescale_betas_zero_snr") or config.get("trained_betas") is not None:
+            if config.get("trained_betas") is not None and kwargs.get("schedule") is None:
                 raise UserError(
-                    "the config has betas of its own (rescale_betas_zero_snr or trained_betas), which no schedule here "
-                    f"follows; give one as schedule=.., of {', '.join(schedules.names())}."
+                    "the config has betas of its own (trained_betas), which no schedule here follows; give one as "
+                    f"schedule=.., of {', '.join(schedules.names())}."
                 )
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
@@ -121,6 +124,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # both 
             beta_end=self.config.beta_end,
             train_steps=self.config.num_train_timesteps,
             t_max=self.config.num_train_timesteps - 1,
+            snr_shift=self.config.snr_shift_scale,
+            zero_snr=bool(self.config.rescale_betas_zero_snr),
         )
 
     def _compile(self, steps: int) -> Plan:

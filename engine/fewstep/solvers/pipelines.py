@@ -19,6 +19,9 @@ from fewstep.solvers import registry
 from fewstep.solvers.memory import tracing
 from fewstep.solvers.plans import Plan, Stage
 
+_EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "prediction_type": "epsilon", "rho": 7.0}
+_STABLE_AUDIO = {"sigma_min": 0.3, "sigma_max": 500.0, "sigma_data": 1.0, "prediction_type": "v_prediction", "rho": 7.0}
+
 
 def plan_for(solver: str, schedule: Schedule, steps: int, **options: Any) -> Plan:
     """`plan` of these options; UserError where a pipeline could not run it."""
@@ -55,12 +58,14 @@ def bounds(config: Any) -> dict[str, Any]:
 
 def laid_in_sigma(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of diffusers' EDM schedulers, or of Stable Audio's (CosineDPMSolverMultistepScheduler), with schedule,
-    grid and prediction type by the names of PlanScheduler. UserError for those whose networks it cannot read.
+    grid and prediction type by the names of PlanScheduler; what the config leaves out is its class's default.
+    UserError for those whose networks it cannot read.
     """
-    low, high = (float(config[key]) for key in ("sigma_min", "sigma_max"))
     audio = "solver_order" in config and "algorithm_type" not in config  # EDM's have neither or both
-    wanted = ("v_prediction", 1.0) if audio else ("epsilon", 0.5)
-    given = (config.get("prediction_type"), config.get("sigma_data"))
+    usual = _STABLE_AUDIO if audio else _EDM
+    config = {**usual, **config}
+    low, high = (float(config[key]) for key in ("sigma_min", "sigma_max"))
+    wanted, given = ((of["prediction_type"], of["sigma_data"]) for of in (usual, config))
     if given != wanted:
         raise UserError(
             f"the config has prediction_type={given[0]!r} and sigma_data={given[1]!r}, and this scheduler takes over "
