@@ -153,13 +153,13 @@ def _direct(
 ) -> bool:
     """Move averages after one look at every tensor, where all are plain; else False, and nothing was written.
 
-    Plain: torch's own tensors of one device, averages shaped and laid out like their parameters. Whatever is not,
-    errors included, is the caller's. Only where `registration.quiet()`.
+    Plain: torch's own tensors of one device, not negated by a bit, averages shaped and laid out like their parameters.
+    Whatever is not, errors included, is the caller's. Only where `registration.quiet()`.
     """
     if any(len(profile) != len(parameters) for profile in profiles):
         return False
     for tensors in (parameters, *profiles):
-        if not {*map(type, tensors)} <= _PLAIN:
+        if not {*map(type, tensors)} <= _PLAIN or any(map(Tensor.is_neg, tensors)):
             return False
     if backends.choose("ema_update", parameters[0].device.type)[0] == "reference":
         return False

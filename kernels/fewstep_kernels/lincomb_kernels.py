@@ -31,6 +31,7 @@ _compiled: dict[tuple, Any] = {}  # what Triton made of the kernel, by kind of a
 _MOST_COMPILED = 1024
 _SMALL = 1 << 16  # products that take some 10 microseconds: the interpreter's lock is not handed over for less
 _PLAIN, _wants_gradient = {Tensor}, operator.attrgetter("requires_grad")
+_is_negative = Tensor.is_neg  # by a bit, which is not in its memory
 
 
 if triton is not None:
@@ -176,7 +177,7 @@ def direct(
     Plain: torch's own tensors of one device, shape and sample layout, no gradient wanted, outputs that share no memory
     but exactly an input's. Whatever is not, errors included, is the caller's. Only where `registration.quiet()`.
     """
-    if not inputs or type(inputs[0]) is not Tensor or type(coefficients) is not Tensor or coefficients.is_neg():
+    if not inputs or type(inputs[0]) is not Tensor or type(coefficients) is not Tensor:
         return None
     first, noise = inputs[0], 0 if seeds is None else 1
     backend, _ = backends.choose("lincomb", "cpu" if first.is_cpu else "cuda" if first.is_cuda else "meta")
@@ -188,7 +189,9 @@ def direct(
     if not out or len(out) > most[1]:
         return None
     tensors = (*inputs, *out, coefficients) if seeds is None else (*inputs, *out, coefficients, seeds)
-    if {*map(type, tensors)} != _PLAIN or (torch.is_grad_enabled() and any(map(_wants_gradient, tensors))):
+    if {*map(type, tensors)} != _PLAIN or any(map(_is_negative, tensors)):
+        return None
+    if torch.is_grad_enabled() and any(map(_wants_gradient, tensors)):
         return None
     if seeds is None:
         stream = 0

@@ -66,6 +66,7 @@ class PreparedLincomb:
             and coefficients.dtype in (torch.float32, torch.float64)
             and coefficients.shape == (len(out), columns)
             and coefficients.get_device() == self._device
+            and not coefficients.is_neg()
             and all(self._fits(x, like.shape) for x in (*inputs, *out) if isinstance(x, Tensor))
         )
         rows = [0] * 3 * (len(inputs) + len(out))
@@ -84,6 +85,7 @@ class PreparedLincomb:
             and (x.is_contiguous() or (self._count > 1 and x.stride()[1:] == self._inner))
             and x.get_device() == self._device
             and x.dtype in native.DTYPES
+            and not x.is_neg()
             and x.data_ptr() != 0
         )
 
@@ -104,7 +106,9 @@ class PreparedLincomb:
                 table[place] = address + part * self._batch * stride * x.itemsize if part else address
                 table[place + 1], table[place + 2] = stride, code
         if seeds is not None:
-            if type(seeds) is not Tensor or not seeds.is_contiguous() or seeds.get_device() != self._device:
+            if type(seeds) is not Tensor or seeds.is_neg() or not seeds.is_contiguous():
+                return False
+            if seeds.get_device() != self._device:
                 return False
             table[SEEDS] = seeds.data_ptr()
         if self.backend == "triton":

@@ -38,6 +38,7 @@ _SIGNATURES: dict[str, list[Any]] = {
 SEEDS, HEAD = 4, 11  # places in fewstep_lincomb, in int64 numbers: of the seeds' address, of the first tensor
 OVERLAP, NOT_PLAIN, DONE = 2, 3, 4  # what the functions for a lincomb answer beside 0
 _BLANK = array("q", [0])
+_PLAIN = (Tensor, torch.nn.Parameter)
 _HERE = contextlib.nullcontext()
 _threads = torch.get_num_threads
 _ON_CUDA = ("lincomb", "normal", "uniform", "ema_update", "multi_tensor_l2norm", "adamw_ema_step")
@@ -141,10 +142,20 @@ class _Scalar(ctypes.Structure):
 
 
 def scalars(values: Sequence[float | Tensor]) -> ctypes.Array:
-    """Numbers as the C functions take them: floats by value, 0-d tensors (float32, float64, int64) by address."""
+    """Numbers as the C functions take them: floats by value, 0-d tensors (float32, float64, int64) by address.
+
+    Raises TypeError for a tensor without memory, such as a fake one outside its mode.
+    """
     array = (_Scalar * len(values))()
     for slot, value in zip(array, values):
         if isinstance(value, Tensor):
+            if type(value) not in _PLAIN or not value.data_ptr():
+                raise TypeError(
+                    f"a number on the device must be a torch.Tensor with memory; got {type(value).__name__}."
+                )
+            if value.is_neg():  # by a bit, which is not in its memory
+                slot.value = float(value)
+                continue
             slot.address, slot.dtype = value.data_ptr(), SCALAR_DTYPES[value.dtype]
         else:
             slot.value = value

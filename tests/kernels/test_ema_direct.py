@@ -44,6 +44,27 @@ def test_fake_tensors_outside_their_mode():
     fk.ema_update([average], [average], 0.5)
 
 
+def test_a_fake_number_outside_its_mode_is_refused():
+    average, decay = torch.zeros(3), FakeTensorMode().from_tensor(torch.tensor(0.5))
+    with pytest.raises(TypeError, match=r"must be a torch\.Tensor with memory; got FakeTensor"):
+        fk.ema_update([average], [torch.ones(3)], decay)
+    assert (average == 0).all()
+
+
+def test_what_a_bit_negates_is_averaged_negated():
+    one = torch.tensor([1 + 2j]).conj().imag  # -2, and 2 in its memory
+    assert one.is_neg() and one.is_contiguous()
+    average = torch.zeros(1)
+    fk.ema_update([average], [torch.nn.Parameter(one)], 0.5)
+    assert average == -1.0
+    negated = torch._neg_view(torch.zeros(3))
+    with pytest.raises(RuntimeError, match="materialize all the negation input"):  # torch's own
+        fk.ema_update([negated], [torch.ones(3)], 0.0)
+    assert (negated == 0.0).all()
+    fk.ema_update([average], [torch.ones(1)], torch._neg_view(torch.tensor(-0.5)))
+    assert average == 0.0
+
+
 class Marked(torch.Tensor):
     pass
 
@@ -60,6 +81,8 @@ class Marked(torch.Tensor):
         (torch.ones(6), torch.zeros(6, device="meta")),
         (torch.eye(6).to_sparse(), torch.zeros(6, 6)),
         (torch.ones(6), 0.0),
+        (torch._neg_view(torch.ones(6)), torch.zeros(6)),
+        (torch.ones(6), torch._neg_view(torch.zeros(6))),
     ),
 )
 def test_what_is_not_plain_is_left_as_it_was(parameter, average):

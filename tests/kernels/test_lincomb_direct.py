@@ -66,6 +66,9 @@ class Marked(torch.Tensor):
         ([ODD[:, :1]], torch.ones(1, 1), [WIDE[:, :2:2]]),
         ([X[:, None].expand(3, 2, 8)], torch.ones(1, 1), None),
         ([X.view(3, *[1] * 16, 8)], torch.ones(1, 1), None),
+        ([torch._neg_view(X)], torch.ones(1, 1), None),
+        ([X, torch._neg_view(X)[:1].expand(3, 8)], torch.ones(1, 2), None),
+        ([X], torch._neg_view(torch.ones(1, 1)), None),
         ([X], torch.tensor([[1j]]).conj().imag, None),
         ([X.as_subclass(Marked)], torch.ones(1, 1), None),
         ([torch.nn.Parameter(X)], torch.ones(1, 1), None),
@@ -84,6 +87,19 @@ def test_what_is_not_plain_is_not_written_directly_and_still_right(inputs, table
     with torch.no_grad():
         found = lincomb(inputs, table, out=out)
     assert all(torch.equal(y, value) for y, value in zip(found, expected))
+
+
+def test_an_output_that_a_bit_negates_is_refused_not_written_with_the_wrong_sign():
+    out = torch._neg_view(torch.zeros(3, 8))
+    with pytest.raises(RuntimeError, match="materialize all the negation input"):  # torch's own
+        lincomb([X], torch.ones(1, 1), out=[out])
+    assert (out == 0).all()
+
+
+def test_negated_seeds_are_the_seeds_they_say():
+    seeds, table = torch.arange(3), torch.tensor([[0.0, 1.0]])
+    expected = lincomb([X], table, noise_seeds=-seeds)
+    assert torch.equal(lincomb([X], table, noise_seeds=torch._neg_view(seeds))[0], expected[0])
 
 
 def test_a_tensor_of_another_device_is_refused():

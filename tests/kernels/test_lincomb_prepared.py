@@ -92,6 +92,9 @@ def test_overlap_seeds_and_other_backends_are_refused():
     assert own.isnan().all() and (buffer == 0).all()
     noisy, *_, own = prepared(stream=0)
     assert not noisy((torch.zeros(4, *SHAPE[1:]), torch.zeros(SHAPE)), torch.arange(4)[::2])
+    assert not noisy((torch.zeros(4, *SHAPE[1:]), torch.zeros(SHAPE)), torch._neg_view(torch.arange(2)))
+    assert not call((torch._neg_view(torch.zeros(4, *SHAPE[1:])), torch.zeros(SHAPE)))
+    assert not PreparedLincomb([Share(0)], torch._neg_view(torch.zeros(1, 1)), [Share(1)], own).ready
     with backends.asking("reference"):
         assert not prepared()[0].ready
     assert not PreparedLincomb([Share(0)] * 65, torch.zeros(1, 65), [own], own).ready
