@@ -247,6 +247,48 @@ def test_options_of_ones_own_network_mean_what_its_author_says(student_folder, t
     assert artefact.load(folder).image_shape == (1, 4, 6)
 
 
+class Configured(Own):
+    """A `config` of its own, as diffusers' networks have one: read-only, and of other words."""
+
+    @property
+    def config(self):
+        return {"sample_size": 4, "name": "theirs"}
+
+
+def test_a_network_with_a_config_of_its_own_is_saved_under_its_registered_name(student_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(nets.registry, "_CLASSES", dict(nets.registry._CLASSES))
+    nets.register("configured")(Configured)
+    loaded = artefact.load(student_folder)
+    net = nets.build({"name": "configured", "width": 5})
+    assert net.config == {"sample_size": 4, "name": "theirs"}
+    named = Denoiser(net, loaded.denoiser.schedule, loaded.denoiser.prediction)
+    folder = save_again(loaded, tmp_path, denoiser=named, plans={}, image_shape=(1, 1, 5), classes=None)
+    again = artefact.load(folder).denoiser.net
+    assert torch.equal(again.layer.weight, net.layer.weight)
+    assert nets.registry.described(again) == {"name": "configured", "width": 5}
+
+
+class Failing(Own):
+    def __init__(self, width=4):
+        super().__init__(width)
+        raise RuntimeError(f"no more than {width - 1}\nand no less")
+
+
+def test_a_networks_own_exception_is_told_with_its_name(student_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(nets.registry, "_CLASSES", dict(nets.registry._CLASSES))
+    nets.register("own")(Own)
+    loaded = artefact.load(student_folder)
+    named = Denoiser(nets.build({"name": "own"}), loaded.denoiser.schedule, loaded.denoiser.prediction)
+    folder = save_again(loaded, tmp_path, denoiser=named, plans={}, image_shape=(1, 1, 4), classes=None)
+    nets.registry._CLASSES["own"] = Failing
+    for made in (lambda: nets.build({"name": "own"}), lambda: artefact.load(folder)):
+        with pytest.raises(
+            UserError, match=r"network 'own' cannot be built from \{\} \(RuntimeError: no more"
+        ) as error:
+            made()
+        assert "\n" not in str(error.value)
+
+
 def test_two_networks_of_one_class_name_in_two_modules_are_two(monkeypatch):
     monkeypatch.setattr(nets.registry, "_CLASSES", dict(nets.registry._CLASSES))
     nets.register("twice")(type("Net", (Own,), {"__module__": "one"}))

@@ -112,13 +112,13 @@ def version() -> str:
 
 def network_config(net: Any) -> dict[str, Any]:
     """The config that `nets.build` makes the network of again. Raises UserError where it has none."""
-    config = getattr(net, "config", None)
-    if not isinstance(config, Mapping) or config.get("name") not in nets.names():
+    config = nets.registry.described(net)
+    if not config:
         raise UserError(
             f"a {type(net).__name__} cannot be saved as an artefact, which rebuilds its network from a name: decorate "
             "its class with fewstep.nets.register('NAME'), make it by fewstep.nets.build({'name': 'NAME', ...})."
         )
-    return dict(config)
+    return config
 
 
 def save(

@@ -10,6 +10,7 @@ from torch import nn
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import UserError, choose
 from fewstep.methods.base import Method, NetworkSpec
+from fewstep.nets import registry
 from fewstep.nets.conditioning import SCALARS, Conditioned
 from fewstep.nets.lora import Adapted, Lora
 from fewstep.nets.read_out import read_out
@@ -93,21 +94,19 @@ def _told(net: nn.Module, inputs: tuple[str, ...]) -> nn.Module:
 
 
 def _further(net: nn.Module, inputs: tuple[str, ...]) -> list[str]:
-    config = getattr(net, "config", {})
+    config = registry.described(net)
     return [name for name in inputs if name in SCALARS and name not in config.get("inputs", ())]
 
 
 def _fresh(name: str, built: dict[str, nn.Module], network: Callable[[], nn.Module] | None) -> nn.Module:
     if network is not None:
         return network()
-    config = getattr(_bare(built["teacher"]), "config", None) if "teacher" in built else None
-    if config is None:
+    config = registry.described(_bare(built["teacher"])) if "teacher" in built else {}
+    if not config:
         raise UserError(
             f"network {name!r} starts from fresh weights and the recipe describes none; give a `network:` section."
         )
-    from fewstep import nets
-
-    return nets.build(config)
+    return registry.build(config)
 
 
 def _bare(module: nn.Module) -> nn.Module:

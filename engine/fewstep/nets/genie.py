@@ -33,7 +33,7 @@ class Genie(nn.Module):
                 f"a GENIE head reads what a network's last layer reads, and {type(net).__name__} does not give it "
                 "(no hidden and answer); take a unet or an mlp."
             )
-        self.config = {"name": "genie", "base": dict(net.config), "width": width, "blocks": blocks}
+        self.config = {"name": "genie", "base": registry.described(net), "width": width, "blocks": blocks}
         self.base = net
         self.maps = "channels" in net.config
         groups = max(1, width // 16)

@@ -86,6 +86,11 @@ class Adapted(nn.Module):
         return self.base.config
 
     @property
+    def fewstep_config(self) -> Any:
+        """Likewise."""
+        return self.base.fewstep_config
+
+    @property
     def taps(self) -> Any:
         return self.base.taps
 

@@ -23,7 +23,8 @@ _CLASSES: dict[str, str | type[nn.Module]] = {
 def register(name: str) -> Callable[[N], N]:
     """Class decorator: makes a network of your own known by `name`, to `build` and so to artefacts, in this process.
 
-    Its options are the arguments of its `__init__`; they are stored as JSON. Raises ValueError where the name is taken.
+    Its options are the arguments of its `__init__`; they are stored as JSON. A `config` of its own stays its own.
+    Raises ValueError where the name is taken.
     """
 
     def add(network: N) -> N:
@@ -48,10 +49,21 @@ def names() -> list[str]:
     return sorted(_CLASSES)
 
 
-def build(config: Mapping[str, Any]) -> nn.Module:
-    """The network `{"name": ..., **options}` describes, with fresh weights; its `.config` builds it again.
+def described(net: Any) -> dict[str, Any]:
+    """The config that `build` makes the network of again, which of a registered class `build` itself keeps beside any
+    `config` that the class has; empty where there is none."""
+    for attribute in ("fewstep_config", "config"):
+        config = getattr(net, attribute, None)
+        if isinstance(config, Mapping) and config.get("name") in _CLASSES:
+            return dict(config)
+    return {}
 
-    Raises `UserError` for a missing or unknown name and for options the network does not take.
+
+def build(config: Mapping[str, Any]) -> nn.Module:
+    """The network `{"name": ..., **options}` describes, with fresh weights; what `described` tells builds it again.
+
+    Raises `UserError` for a missing or unknown name, for options the network does not take, and for what the `__init__`
+    of a registered class raises.
     """
     if not isinstance(config, Mapping):
         raise UserError(f"a network is described by its name and options and got {config!r}; give a mapping of them.")
@@ -70,7 +82,18 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     try:
         net = network_class(**options)
     except TypeError as error:
-        raise UserError(f"network {name!r} cannot be built from {options}: {error}.") from error
-    if not hasattr(net, "config"):
-        net.config = dict(config)
+        raise UserError(f"network {name!r} cannot be built from {options}: {_first_line(error)}.") from error
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if not is_registered(name):
+            raise
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"network {name!r} cannot be built from {options} ({reason}); mend its options.") from error
+    if is_registered(name):
+        net.fewstep_config = dict(config)
     return net
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")

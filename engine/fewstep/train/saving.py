@@ -40,7 +40,7 @@ def save(run: Trainer) -> Path:
     state = _whole_state(run.strategy, run.modules, module)
     if run.strategy.leads:
         check(run)
-        whole = Denoiser(nets.build(dict(module.net.config)), module.schedule, module.prediction)
+        whole = Denoiser(nets.build(artefact.network_config(module.net)), module.schedule, module.prediction)
         whole.load_state_dict(state)
         artefact.save(
             run.output,
