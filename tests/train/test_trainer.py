@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from fewstep import artefact, config, methods, solvers
+from fewstep.diffusion import Denoiser
 from fewstep.errors import UserError
 from fewstep.methods import Average, Method, NetworkSpec, OptimizerConfig, Pairs, TrainingStage, Update
+from fewstep.nets.genie import Genie
 from fewstep.nets.mlp import MLP
 from fewstep.train import Interrupted, Trainer, progress
 from tests.train import small
@@ -252,6 +254,21 @@ def test_what_guides_a_teacher_must_go_with_it(tmp_path, teacher_folder):
     away = guided_by_another(tmp_path, teacher_folder, method=method, others={}, negatives=[12])
     with pytest.raises(UserError, match="negatives holds 12, it must hold classes of the teacher from 0 to 9"):
         Trainer(away, teacher=small.teacher(), loader=small.Digits())
+
+
+def test_an_artefact_that_answers_more_than_the_clean_sample_teaches_and_guides_nobody(tmp_path):
+    teacher = small.teacher()
+    headed = Denoiser(Genie(teacher.net, width=16, blocks=0), teacher.schedule, teacher.prediction)
+    facts = {"image_shape": (1, 8, 8), "classes": 10, "plans": {}, "provenance": {}}
+    artefact.save(tmp_path / "headed", denoiser=headed, **facts)
+    words = (
+        r" is .*headed, which is no plain denoiser \(its network answers \[4, 8, 8\] to an image \[1, 8, 8\]\); name"
+    )
+    taught = {**small.recipe(tmp_path / "run").to_dict(), "teacher": str(tmp_path / "headed")}
+    with pytest.raises(UserError, match="teacher" + words):
+        Trainer(config.from_dict(taught), loader=small.Digits())
+    with pytest.raises(UserError, match=r"others\.weak" + words):
+        Trainer(guided_by_another(tmp_path, tmp_path / "headed"), teacher=small.teacher(), loader=small.Digits())
 
 
 def test_guidance_of_a_teacher_that_knows_no_classes_is_refused(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -19,8 +19,10 @@ from fewstep.train.strategies import Engine, Strategy
 
 if TYPE_CHECKING:
     from fewstep.config import Recipe
+    from fewstep.diffusion.schedules import Schedule
 
 SAMPLING = "sampling_average"  # the student's average that is sampled from and saved
+_FAILURES = (RuntimeError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError)
 
 
 def make(
@@ -75,7 +77,7 @@ def fit(module: nn.Module, loader: Any, teacher_shape: tuple[int, ...] | None) -
             f"the data has images of {_by(shape)} and the teacher makes images of {_by(teacher_shape)}; set "
             "data.source to data like those it was trained on."
         )
-    config = dict(getattr(getattr(module, "net", None), "config", {}))
+    config = nets.registry.described(getattr(module, "net", None))
     for key, actual in (("channels", shape[0]), ("image_size", shape[-1])):
         if config.get(key, actual) != actual:
             raise UserError(
@@ -119,6 +121,7 @@ def guide(
                     f"others.{role} is {path}, whose {what} {own!r} is not the teacher's {wanted!r}; name another."
                 )
         module = loaded.denoiser.requires_grad_(False).eval().to(strategy.device)
+        attempt_loaded(f"others.{role}", path, module, loaded.image_shape, loaded.classes)
         networks[role] = strategy.network(strategy.frozen(module))
         origins[role] = {"path": path, "sha256": loaded.digest}
     method.others, method.negatives = networks, recipe.negatives
@@ -127,16 +130,38 @@ def guide(
 
 def attempt(module: Any, shape: tuple[int, ...]) -> None:
     """Ask a described network once, so that one that cannot run is refused before the loop. Raises `UserError`."""
-    time = module.schedule.t_max
-    device = next(module.parameters()).device
-    x = torch.zeros(2, *shape, device=device)
-    training = module.training
     try:
+        _asked(module, module, shape)
+    except _FAILURES as error:
+        raise UserError(f"network: it cannot take images of {_by(shape)} ({_said(error)}); mend its options.") from None
+
+
+def attempt_loaded(role: str, path: str, module: Denoiser, shape: tuple[int, ...], classes: int | None) -> None:
+    """Ask an artefact's network once, as methods will. Raises `UserError` where it is no denoiser of such images."""
+    try:
+        answer = _asked(module, module.raw, shape, classes)
+        told = list(answer.shape[1:]) if isinstance(answer, torch.Tensor) else type(answer).__name__
+        problem = "" if told == list(shape) else f"its network answers {told} to an image {list(shape)}"
+    except _FAILURES as error:
+        problem = _said(error)
+    if problem:
+        raise UserError(f"{role} is {path}, which is no plain denoiser ({problem}); name an artefact that is one.")
+
+
+def _said(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
+
+
+def _asked(module: nn.Module, call: Any, shape: Sequence[int], classes: int | None = None) -> Any:
+    """What the module's `call` answers to two black images at the largest time."""
+    device = next((parameter.device for parameter in module.parameters()), None)
+    x = torch.zeros(2, *shape, device=device)
+    cond = None if classes is None else torch.zeros(2, dtype=torch.int64, device=device)
+    training, schedule = module.training, cast("Schedule", module.schedule)
+    try:
+        module.eval()
         with torch.no_grad():
-            module.eval()(x, torch.full((2,), float(time), device=device))
-    except (RuntimeError, ValueError, LookupError, ArithmeticError, TypeError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise UserError(f"network: it cannot take images of {_by(shape)} ({reason}); mend its options.") from None
+            return call(x, torch.full((2,), float(schedule.t_max), device=device), cond)
     finally:
         module.train(training)
 

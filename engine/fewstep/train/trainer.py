@@ -85,6 +85,8 @@ class Trainer:
             if loaded.kind == "student":
                 self.notices.append(f"{recipe.teacher} is itself a student; its own teacher is usually the better one.")
         self.modules, averages = networks.make(recipe, self.method, self.strategy, teacher)
+        if self._teacher_shape is not None and teacher is not None:
+            networks.attempt_loaded("teacher", recipe.teacher, teacher, self._teacher_shape, self.classes)
         self.loader = loader if loader is not None else self._loader()
         result = self.modules[self.method.result]
         self._conditional = networks.fit(result, self.loader, self._teacher_shape)
