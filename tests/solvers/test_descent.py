@@ -181,7 +181,9 @@ def test_a_mistake_is_one_sentence():
         ("no inner time", {"start": (20.0, 0.05)}),
         ("strictly falling", {"start": (20.0, 20.0, 0.05)}),
         ("got none", {"batches": []}),
-        ("at least one round", {"rounds": 0}),
+        ("at least one whole round", {"rounds": 0}),
+        ("at least one whole round", {"rounds": 1.5}),
+        ("by clamp in this plan, which is no linear map; leave clip", {"options": {"clip": 1.0}}),
         ("rate above 0", {"rate": 0.0}),
         ("draws noise", {"solver": "ddpm"}),
         ("more than one network", {"solver": "genie"}),
@@ -194,8 +196,13 @@ def test_a_mistake_is_one_sentence():
         with pytest.raises(UserError, match=words) as error:
             descend(teacher, options.pop("batches"), options.pop("start"), **options)
         assert "\n" not in str(error.value) and str(error.value).endswith(".")
+    with pytest.raises(UserError, match=r"searched for a Denoiser.* got a Net; wrap it"):
+        descend(Net(width=4), [batch], karras(3), rounds=2)
     plan = solvers.plan("ddim", EDM, 3, prediction="x0")
-    with pytest.raises(UserError, match="give some of each"):
+    for search in (lambda: descend(teacher, [batch], karras(3)), lambda: descent.refine(teacher, [batch], plan)):
+        with torch.inference_mode(), pytest.raises(UserError, match=r"torch.inference_mode\(\) forbids"):
+            search()
+    with pytest.raises(UserError, match="got none"):
         descent.refine(teacher, [], plan)
     with pytest.raises(UserError, match="draws noise"):
         descent.refine(teacher, [batch], solvers.plan("ddpm", EDM, 3, prediction="x0"))

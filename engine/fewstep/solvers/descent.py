@@ -92,10 +92,12 @@ def descend(
     as a cosine. options: the solver's own. progress is told each round and its loss. Raises UserError for what cannot
     be searched.
     """
-    if not batches:
-        raise UserError("a grid is searched on batches of noise and targets and got none; give at least one.")
-    if rounds < 1 or not rate > 0:
-        raise UserError(f"rounds={rounds} and rate={rate}; give at least one round and a rate above 0.")
+    if not hasattr(denoiser, "prediction") or not hasattr(denoiser, "schedule"):
+        raise UserError(
+            f"a grid is searched for a Denoiser, which knows its schedule and prediction, and got a "
+            f"{type(denoiser).__name__}; wrap it: Denoiser(net, schedule, prediction)."
+        )
+    _check(batches, rounds, rate)
     shares = _shares(start)
     given = dict(prediction=denoiser.prediction, guidance=guidance, **(options or {}))
 
@@ -148,8 +150,7 @@ def refine(
     a cosine; times stay, and what the network reads stays x at its scale. The plan samples as any other and survives
     JSON; its `options` still name the solver it came from. As `descend` otherwise.
     """
-    if not batches or rounds < 1 or not rate > 0:
-        raise UserError(f"coefficients are searched on batches, in rounds={rounds} at rate={rate}; give some of each.")
+    _check(batches, rounds, rate)
     check(plan.solver, plan)
     numbers = numbers_of(plan)
     free = [key for key, value in numbers.items() if key[1] not in ("", "input") and value != 0.0]
@@ -195,6 +196,15 @@ def _of_inputs(plan: Plan, slopes: Mapping[Key, float]) -> dict[Key, float]:
         if output == "input":
             found[index, "x", name] += plan.stages[index + 1].input_scale * slope
     return found
+
+
+def _check(batches: Sequence[Batch], rounds: int, rate: float) -> None:
+    if not batches:
+        raise UserError("a search runs on batches of noise and targets and got none; give at least one.")
+    if type(rounds) is not int or rounds < 1 or not rate > 0:
+        raise UserError(f"rounds={rounds} and rate={rate}; give at least one whole round and a rate above 0.")
+    if torch.is_inference_mode_enabled():
+        raise UserError("a search takes derivatives, which torch.inference_mode() forbids; call it outside of that.")
 
 
 def _finite(value: float, number: int, rate: float) -> None:

@@ -51,7 +51,13 @@ def check(solver: str, plan: Plan) -> None:
             f"solver {solver!r} draws noise in this plan; search the grid of a deterministic one such as ddim."
         )
     for stage in plan.stages:
-        if stage.others or stage.answers or stage.nonlinear or len(stage.conditions) > 2:
+        if stage.nonlinear:
+            kinds = dict.fromkeys(part.kind for part in stage.nonlinear if part.kind != "map")
+            raise UserError(
+                f"solver {solver!r} changes estimates by {', '.join(kinds)} in this plan, which is no linear map; "
+                "leave clip, thresholding or this guidance out."
+            )
+        if stage.others or stage.answers or len(stage.conditions) > 2:
             raise UserError(
                 f"solver {solver!r} with this guidance is more than one network and a linear map a stage; "
                 "search the grid of a plain one such as ddim."
