@@ -52,6 +52,12 @@ def test_pytorch_and_onnx_runtime_say_the_same(samplers, wrong):
         assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
+def test_no_negatives_are_none(samplers, student_folder):
+    graph, student = samplers[1], load(student_folder)
+    assert torch.equal(graph(NOISE, LABELS, negatives=None), graph(NOISE, LABELS))
+    assert torch.equal(student.sample(NOISE, LABELS, 4, negatives=None), student.sample(NOISE, LABELS, 4))
+
+
 @pytest.mark.parametrize("noise", (NOISE.numpy(), None, "x"), ids=("an array", "nothing", "a word"))
 def test_what_is_no_tensor_is_said_in_few_words(samplers, noise):
     for sampler in samplers:

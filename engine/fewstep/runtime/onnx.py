@@ -78,7 +78,7 @@ class OnnxSampler:
         self,
         noise: Tensor,
         condition: int | Sequence[int] | Tensor | None = None,
-        negatives: Sequence[int | Sequence[int] | Tensor] = (),
+        negatives: Sequence[int | Sequence[int] | Tensor] | None = (),
     ) -> Tensor:
         """Images [B, C, H, W] on the CPU, from noise [B, 1 + S, C, H, W] of any floating dtype.
 
@@ -95,9 +95,10 @@ class OnnxSampler:
                 f"this ONNX graph needs a class for each image; give condition ({self.takes.classes} for none)."
             )
         wanted = [name for name in self.inputs if name.startswith(NEGATIVE)]
-        if len(negatives) != len(wanted):
-            raise UserError(f"this ONNX graph takes {len(wanted)} negatives and got {len(negatives)}; give that many.")
-        for name, away in zip(wanted, negatives):
+        given = () if negatives is None else negatives
+        if len(given) != len(wanted):
+            raise UserError(f"this ONNX graph takes {len(wanted)} negatives and got {len(given)}; give that many.")
+        for name, away in zip(wanted, given):
             feed[name] = self.takes.labels(away, len(noise), name)
         return self.run(feed)
 

@@ -159,7 +159,7 @@ class Student:
         grid: Grid | None = None,
         solver: str | None = None,
         others: Mapping[str, Any] | None = None,
-        negatives: Sequence[int | Sequence[int] | Tensor] = (),
+        negatives: Sequence[int | Sequence[int] | Tensor] | None = (),
     ) -> Tensor:
         """Draw images [B, C, H, W], about [-1, 1], on the artefact's device.
 
@@ -181,7 +181,7 @@ class Student:
             stage_seeds = chosen if start.ndim == len(self.image_shape) + 1 else None
             given = (others or {}).items()
             networks = {role: other.denoiser if isinstance(other, Student) else other for role, other in given}
-            away = [self._condition(one, batch) for one in negatives]
+            away = [self._condition(one, batch) for one in (() if negatives is None else negatives)]
             return solvers.sample(
                 self.denoiser, plan, start, condition, seeds=stage_seeds, others=networks, negatives=away
             )
