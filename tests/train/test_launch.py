@@ -1,10 +1,15 @@
 """`train.strategy` and `train.ranks` in a recipe are all it takes; a launcher's processes are used."""
 
+import fcntl
 import importlib.util
+import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -66,6 +71,32 @@ def test_two_ranks_from_a_recipe_are_interrupted_together_and_resume_to_the_same
     more = [f"train.updates={at + 2}", "train.strategy=single", "train.ranks=1"]  # a checkpoint knows no strategy
     train(config.load(path, more), resume=True)
     assert artefact.load(tmp_path / "run").provenance["updates"] == at + 2
+
+
+def test_a_run_whose_terminal_is_closed_leaves_a_checkpoint_and_ends_with_130(tmp_path):
+    """The terminal's end hangs up, and so does a shell that ran in it; then whatever is printed fails."""
+    own, its = pty.openpty()
+    running = subprocess.Popen(
+        command(recipe(tmp_path, updates=100_000, log_every=1)),
+        env=environment(TERM="xterm"),
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(its)
+    folder = tmp_path / "run/checkpoints"
+    deadline = time.monotonic() + 60
+    while not checkpoint.listed(folder) and time.monotonic() < deadline and running.poll() is None:
+        if select.select([own], [], [], 0.05)[0]:
+            os.read(own, 65536)
+    log = tmp_path / "run/log.jsonl"
+    os.close(own)
+    running.send_signal(signal.SIGHUP)
+    assert running.wait(timeout=30) == 130
+    at, problems = checkpoint.newest_good(folder)
+    assert not problems and at == json.loads(log.read_text().splitlines()[-1])["update"]
 
 
 @pytest.mark.slow

@@ -3,9 +3,13 @@ one stops at once."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -23,7 +27,8 @@ class Interrupted(SystemExit):
 
 
 class Signals:
-    """Inside, these signals call `stop` once each, unless they are ignored (nohup); a second one acts as usual."""
+    """Inside, these signals call `stop`, unless they are ignored (nohup); a second one acts as usual, but for SIGHUP,
+    which a closed terminal and the shell in it both send."""
 
     def __init__(self, stop: Callable[[], None]) -> None:
         self.stop = stop
@@ -37,8 +42,23 @@ class Signals:
 
     def _received(self, number: int, _frame: Any) -> None:
         self.stop()
-        signal.signal(number, self.before[number])
+        if number != signal.SIGHUP:
+            signal.signal(number, self.before[number])
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def outliving_the_terminal() -> Iterator[None]:
+    """Inside, a line for a terminal or a pipe that was closed is lost, and no error; so are all after it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.EPIPE) or error.filename is not None:
+            raise
+        with contextlib.suppress(OSError, ValueError):  # a stream that has no descriptor
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stderr.fileno())  # else what waits in its buffer makes the exit code 120
+            os.close(nowhere)

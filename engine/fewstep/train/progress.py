@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.errors import UserError
+from fewstep.train.interruption import outliving_the_terminal
 
 FIRST_WORD, NEXT_WORD = 1.0, 15.0  # seconds of silence after which an update is told, where there is no bar
 
@@ -86,7 +87,8 @@ class Progress:
         """Count an update; where there is no bar, a line now and then before the first means are logged."""
         self.done += 1
         if self._bar is not None:
-            self._bar.update()
+            with outliving_the_terminal():
+                self._bar.update()
         elif self.leads and time.monotonic() - self._told > self._patience and self.done < self.total:
             self._tell(*self._pace(), {})
 
@@ -112,7 +114,8 @@ class Progress:
                     board.add_scalar(key, value, step)
         shown = {key: f"{value:.4g}" for key, value in values.items() if key.startswith("loss/")}
         if self._bar is not None:
-            self._bar.set_postfix({**shown, "MiB": f"{entry['memory_mib']:.0f}"})
+            with outliving_the_terminal():
+                self._bar.set_postfix({**shown, "MiB": f"{entry['memory_mib']:.0f}"})
         else:
             self._tell(rate, left, shown)
 
@@ -139,8 +142,9 @@ class Progress:
     def say(self, sentence: str) -> None:
         """A line above the bar."""
         if self.leads:
-            tqdm.write(sentence, file=sys.stderr)
-            sys.stderr.flush()
+            with outliving_the_terminal():
+                tqdm.write(sentence, file=sys.stderr)
+                sys.stderr.flush()
 
     def memory_mib(self) -> float:
         """Most memory held so far: of the GPU where there is one, of this process otherwise."""
@@ -163,7 +167,8 @@ class Progress:
         if self.leads:
             self._log.close()
             if self._bar is not None:
-                self._bar.close()
+                with outliving_the_terminal():
+                    self._bar.close()
             if self._board is not None:
                 self._board.close()
 

@@ -87,7 +87,8 @@ def launch(recipe: Recipe, resume: bool) -> None:
         try:
             code, rank = _wait(processes)
             if rank:
-                print(logs[rank - 1].read_text(encoding="utf-8", errors="replace").rstrip(), file=sys.stderr)
+                with interruption.outliving_the_terminal():
+                    print(logs[rank - 1].read_text(encoding="utf-8", errors="replace").rstrip(), file=sys.stderr)
         finally:
             for process in processes:
                 if process.poll() is None:
