@@ -17,6 +17,7 @@ import torch
 
 from fewstep import solvers
 from fewstep.diffusion import schedules
+from fewstep.diffusion.schedules import Schedule
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install diffusers==0.42.1")
 
@@ -137,8 +138,9 @@ def compare(plan, scheduler, monkeypatch, tolerance=1e-9, **keywords) -> None:
     assert ours_told == told
 
 
-def planned(solver: str, steps: int, grid, kind: str, **options) -> solvers.Plan:
-    schedule = schedules.get("sd")
+def planned(solver: str, steps: int, grid, kind, schedule: Schedule | None = None, **options) -> solvers.Plan:
+    """Guided, and from noise of std 1 as diffusers starts; on Stable Diffusion's schedule if none is given."""
+    schedule = schedule or schedules.get("sd")
     return solvers.plan(
         solver, schedule, steps, grid=grid, prediction=kind, guidance=GUIDANCE, initial_scale=1.0, **options
     )

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from fewstep import solvers
 from fewstep.diffusion import schedules
-from tests.solvers.diffusers_runs import DRAWN, GUIDANCE, NAMES, START, STEPS, apart, diffusers, ours, theirs, times_of
+from tests.solvers.diffusers_runs import DRAWN, NAMES, START, STEPS, apart, diffusers, ours, planned, theirs, times_of
 
 LOWER = {"lower_order_final": True}
 ELUCIDATED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
@@ -50,16 +49,7 @@ def test_on_edms_levels(kind, end, grid, scheduler, made, solver, options, monke
             continue  # a single repeated level: the scheduler goes nowhere
         if end == "sigma_min" and given:
             given["lower_order_final"] = 2  # its last step goes nowhere
-        plan = solvers.plan(
-            solver,
-            schedule,
-            len(levels) - 1,
-            grid=levels,
-            prediction="edm",
-            guidance=GUIDANCE,
-            initial_scale=1.0,
-            **given,
-        )
+        plan = planned(solver, len(levels) - 1, levels, "edm", schedule, **given)
         sign = 1.0 if kind == "eps" else -1.0
         expected, told = theirs(its, START, monkeypatch, convert=lambda out, x, sign=sign: sign * out)
         found, ours_told = ours(plan)
@@ -104,15 +94,7 @@ def test_on_flow_matchings_levels(scheduler, made, solver, grid, monkeypatch):
         its.set_timesteps(steps)
         its.sigmas = its.sigmas.double()
         levels = times_of(schedule, 1.0 - its.sigmas if turned else its.sigmas)
-        plan = solvers.plan(
-            solver,
-            schedule,
-            len(levels) - 1,
-            grid=levels,
-            prediction="flow",
-            guidance=GUIDANCE,
-            initial_scale=1.0,
-        )
+        plan = planned(solver, len(levels) - 1, levels, "flow", schedule)
         expected, told = theirs(its, START, monkeypatch, convert=lambda out, x: -out if turned else out)
         found, ours_told = ours(plan)
         assert apart(found, expected) < 1e-5, steps

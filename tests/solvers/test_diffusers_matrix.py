@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep import solvers
 from fewstep.diffusion import schedules
-from tests.solvers.diffusers_runs import GUIDANCE, NAMES, SD, START, apart, diffusers, ours, theirs, times_of
+from tests.solvers.diffusers_runs import NAMES, SD, START, apart, diffusers, ours, planned, theirs, times_of
 
 STEPS = (1, 2, 3, 5, 10, 20, 50)
 SHORT, FEW = STEPS[:5], (2, 5)
@@ -228,14 +227,12 @@ def test_the_final_state_and_the_told_times_are_diffusers(row, grid, end, monkey
             options |= {"correct_last": True} if row.solver in ("unipc", "sa") else {}
         if len(times) == 1:
             continue  # a single repeated level: the scheduler goes nowhere
-        plan = solvers.plan(
+        plan = planned(
             row.solver,
-            schedule,
             len(times) - 1,
-            grid=times,
-            prediction=kind,
-            guidance=GUIDANCE,
-            initial_scale=1.0,
+            times,
+            kind,
+            schedule,
             told=row.cut.get(grid, "exact"),
             **{**options, **({"order": min(row.order, len(times) - 1)} if row.ordered else {})},
         )

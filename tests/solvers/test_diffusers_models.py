@@ -40,16 +40,7 @@ STABLE_AUDIO = schedules.get(
 
 
 def flow_plan(solver: str, levels, **options) -> solvers.Plan:
-    return solvers.plan(
-        solver,
-        FLOW,
-        len(levels) - 1,
-        grid=levels,
-        prediction="flow",
-        guidance=GUIDANCE,
-        initial_scale=1.0,
-        **options,
-    )
+    return planned(solver, len(levels) - 1, levels, "flow", FLOW, **options)
 
 
 @pytest.mark.parametrize("kind", ["v", "edm"])
@@ -83,15 +74,13 @@ def test_stable_audios_sampler_is_sde_2m_on_the_cosine_schedule(grid, slope, ord
         if count == 0:
             continue
         laid = {"name": grid, "zero": zero}
-        plan = solvers.plan(
+        plan = planned(
             "dpmpp_2m_sde",
-            schedule,
             count,
             # one exponential step of theirs starts at the lowest level
-            grid=[schedule.t_min, 0.0] if steps == 1 and grid == "exponential" else laid,
-            prediction=Prediction(kind, sigma_data=1.0),
-            guidance=GUIDANCE,
-            initial_scale=1.0,
+            [schedule.t_min, 0.0] if steps == 1 and grid == "exponential" else laid,
+            Prediction(kind, sigma_data=1.0),
+            schedule,
             slope=slope,
             lower_order_final=True if end == "zero" else 2,
             **({"order": 1} if order == 1 else {}),
@@ -134,9 +123,7 @@ def test_cogvideos_shifted_snr_is_the_schedules(monkeypatch):
     )
     for steps in (2, 10):
         scheduler.set_timesteps(steps)
-        plan = solvers.plan(
-            "ddim", schedule, steps, grid="trailing", prediction="v", guidance=GUIDANCE, initial_scale=1.0
-        )
+        plan = planned("ddim", steps, "trailing", "v", schedule)
         compare(plan, scheduler, monkeypatch)
 
 
@@ -196,15 +183,7 @@ def test_wuerstchens_ddpm_is_that_of_the_cosine_schedule_between_two_levels(monk
             for number, t in enumerate(times[:-1]):
                 patch.setattr(module, lambda *_, number=number, **__: DRAWN[:, number])
                 x = scheduler.step(net.guided(x, t, COND), t.expand(len(x)), x).prev_sample
-        plan = solvers.plan(
-            "ddpm",
-            schedule,
-            steps,
-            grid=[high, *(float(t) for t in times[1:-1]), low],
-            prediction="eps",
-            guidance=GUIDANCE,
-            initial_scale=1.0,
-        )
+        plan = planned("ddpm", steps, [high, *(float(t) for t in times[1:-1]), low], "eps", schedule)
         found, told = ours(plan)
         assert apart(found, x) < 1e-9, steps
         assert told[1:] == net.times[1:] and net.times[0] == 1.0 and told[0] == high
@@ -258,15 +237,7 @@ def test_the_consistency_decoder_is_sampled_by_consistency(monkeypatch):
     schedule = schedules.get("cosine", t_max=1.0)
     ratios = scheduler.sqrt_one_minus_alphas_cumprod / scheduler.sqrt_alphas_cumprod
     levels = [float(schedule.time_of_ratio(float(ratios[t]))) for t in scheduler.timesteps]
-    plan = solvers.plan(
-        "consistency",
-        schedule,
-        2,
-        grid=[*levels, 0.0],
-        prediction="edm",
-        guidance=GUIDANCE,
-        initial_scale=1.0,
-    )
+    plan = planned("consistency", 2, [*levels, 0.0], "edm", schedule)
     expected, _ = theirs(scheduler, START, monkeypatch)
     assert apart(ours(plan)[0], expected) < 1e-5
 

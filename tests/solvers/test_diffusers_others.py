@@ -13,7 +13,6 @@ from fewstep.diffusion import schedules
 from tests.solvers.diffusers_runs import (
     COND,
     DRAWN,
-    GUIDANCE,
     NAMES,
     SD,
     START,
@@ -74,16 +73,8 @@ def test_multistep_inversion(grid, kind, monkeypatch):
         nowhere = len(levels) == steps
         solver = "dpmpp_3m" if order == 3 else "dpmpp_2m"
         options: dict[str, Any] = {"curvature": "half_weight"} if order == 3 else {"order": 1} if order == 1 else {}
-        plan = solvers.plan(
-            solver,
-            schedule,
-            len(levels) - 1,
-            grid=levels,
-            prediction=kind,
-            guidance=GUIDANCE,
-            initial_scale=1.0,
-            lower_order_final=2 if nowhere else True,
-            **options,
+        plan = planned(
+            solver, len(levels) - 1, levels, kind, schedule, lower_order_final=2 if nowhere else True, **options
         )
         scheduler._step_index = 0  # of two equal times, which 20 exponential ones begin with, it starts at the second
         expected, _ = theirs(scheduler, START, monkeypatch)
@@ -155,18 +146,8 @@ def test_karras_and_others_own_stochastic_heun(monkeypatch):
             if lower > 0:
                 again = -net.guided(x, t, COND)
                 x = scheduler.step_correct(again, raised, lower, hat, x, step.derivative).prev_sample
-        plan = solvers.plan(
-            "heun",
-            schedule,
-            steps,
-            grid=levels,
-            prediction="eps",
-            guidance=GUIDANCE,
-            initial_scale=1.0,
-            churn=80.0,
-            churn_low=0.05,
-            churn_high=50.0,
-            churn_noise=1.007,
+        plan = planned(
+            "heun", steps, levels, "eps", schedule, churn=80.0, churn_low=0.05, churn_high=50.0, churn_noise=1.007
         )
         assert plan.stochastic_stages == len(draws)
         assert apart(solvers.sample(Net(), plan, torch.stack([START, *draws], 1), COND), x) < 1e-9, steps
@@ -188,17 +169,7 @@ def test_the_predictor_of_score_sde_is_ddpm_with_the_forward_noise(monkeypatch):
                 patch.setattr(module, lambda *_, number=number, **__: DRAWN[:, number])
                 score = -net.guided(x, t, COND) / levels[number]
                 x = scheduler.step_pred(score, t, x).prev_sample
-        plan = solvers.plan(
-            "ddpm",
-            schedule,
-            steps,
-            grid=levels,
-            prediction="eps",
-            guidance=GUIDANCE,
-            initial_scale=1.0,
-            variance="fixed_large",
-            final_noise=True,
-        )
+        plan = planned("ddpm", steps, levels, "eps", schedule, variance="fixed_large", final_noise=True)
         assert apart(ours(plan)[0], x) < 1e-9, steps
 
 

@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep import solvers
 from fewstep.diffusion import schedules
 from fewstep.diffusion.prediction import Prediction
 from tests.solvers.diffusers_runs import (
-    GUIDANCE,
     NAMES,
     START,
     STEPS,
@@ -113,7 +111,7 @@ def test_ipndm(monkeypatch):
         scheduler = diffusers.IPNDMScheduler(trained_betas=levels)
         scheduler.set_timesteps(steps)
         grid = [float(torch.tensor(level, dtype=torch.float64).asin()) for level in scheduler.betas]
-        plan = solvers.plan("ipndm", schedule, steps, grid=grid, prediction="v", guidance=GUIDANCE, initial_scale=1.0)
+        plan = planned("ipndm", steps, grid, "v", schedule)
         expected, _ = theirs(scheduler, START, monkeypatch)
         assert apart(ours(plan)[0], expected) < 1e-5  # its alpha = sqrt(1 - beta^2) is float32
 
@@ -142,15 +140,7 @@ def test_consistency_models(monkeypatch):
         scheduler = diffusers.CMStochasticIterativeScheduler(clip_denoised=False)
         scheduler.set_timesteps(steps)
         levels = [min(float(sigma), 80.0) for sigma in scheduler.sigmas[:steps]]
-        plan = solvers.plan(
-            "consistency",
-            schedule,
-            steps,
-            grid=[*levels, 0.0],
-            prediction=kind,
-            guidance=GUIDANCE,
-            initial_scale=1.0,
-        )
+        plan = planned("consistency", steps, [*levels, 0.0], kind, schedule)
         expected, _ = theirs(scheduler, START, monkeypatch)
         assert apart(ours(plan)[0], expected) < 1e-5
 
@@ -162,9 +152,7 @@ def test_trigflow_consistency(monkeypatch):
         middle = {} if steps == 2 else {"intermediate_timesteps": None}
         scheduler.set_timesteps(steps, max_timesteps=1.56, **middle)
         grid = [float(t) for t in scheduler.timesteps]
-        plan = solvers.plan(
-            "consistency", schedule, steps, grid=grid, prediction="edm", guidance=GUIDANCE, initial_scale=1.0
-        )
+        plan = planned("consistency", steps, grid, "edm", schedule)
         # it expects the paper's F, of the other sign, times sigma_data, and scales no input
         scheduler.scale_model_input = lambda x, t: x / 0.5
         expected, _ = theirs(scheduler, START, monkeypatch, convert=lambda out, x: -0.5 * out, evaluations=steps)

@@ -14,7 +14,6 @@ from fewstep.errors import UserError
 from tests.solvers.diffusers_runs import (
     COND,
     DRAWN,
-    GUIDANCE,
     SD,
     SIZE,
     START,
@@ -23,6 +22,7 @@ from tests.solvers.diffusers_runs import (
     compare,
     diffusers,
     ours,
+    planned,
     theirs,
 )
 
@@ -33,9 +33,7 @@ MADE = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "resc
 
 
 def plan_of(solver: str, schedule: schedules.Schedule, grid, steps: int, **options) -> solvers.Plan:
-    return solvers.plan(
-        solver, schedule, steps, grid=grid, prediction="v", guidance=GUIDANCE, initial_scale=1.0, **options
-    )
+    return planned(solver, steps, grid, "v", schedule, **options)
 
 
 def trailing(scheduler, steps: int) -> tuple[list[float], dict[str, float]]:
